@@ -1,0 +1,3335 @@
+// tcpproxy - a TCP proxy in one file.
+//
+// Copyright (c) 2026 the tcpproxy authors. MIT licence; its text stands in README.md under "Licence".
+// The descendant of the C++ TCP Proxy Server by Arash Partow: its words (acceptor, bridge, upstream, downstream)
+// and its four arguments are kept.
+//
+// THE LIFE OF A CONNECTION             the numbers stand again in the code:  grep -n "// (4)" TcpProxy.cs
+//
+//      client (downstream)                      proxy                        server (upstream)
+//            |  ---- connects --->  (1) Acceptor                                   |
+//            |                      (2) ConnectionLimit                            |
+//            |                      (3) UpstreamPool  picks a server               |
+//            |                      (4) Dialer        ---- connects --->           |
+//            |  ======= up =======> (5) Bridge, two Pumps  ======= up =======>     |
+//            |  <===== down ======  (6)                    <===== down ======      |
+//            |  <--- FIN / RST ---> (7)               <--- FIN / RST --->          |
+//                                   (8) one log line, the slot given back
+//
+//   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
+//   (2) Admission says yes or no: is there room for one more connection?
+//   (3) The pool of the route picks the server with the fewest connections.
+//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server.
+//   (5) A Bridge owns both sockets. Two Pumps copy, one a direction, each with at most one buffer.
+//   (6) A Pump that waits holds no buffer; a Pump that cannot send does not receive: that is all of backpressure.
+//   (7) FIN is passed on and the other direction lives on. Anything else that ends a bridge (RST, a timeout) resets
+//       both sides, so that neither takes a cut stream for a whole one. The first cause is the reason.
+//   (8) One log line says who, where, how long, how many bytes each way, and why it ended.
+//
+// RULES OF OWNERSHIP                   cited in the code as "rule 3"
+//
+//   1  A socket has one owner: the Acceptor until it hands it over, then Proxy.ServeAsync, then the Bridge.
+//   2  A buffer has one holder, the ReceiveBuffer of a Pump, and goes back to the pool exactly once.
+//   3  A Bridge starts with two references, one a Pump. The release that reaches zero closes both sockets;
+//      the count never rises again. Abort closes them earlier, which makes both Pumps end and release.
+//   4  The reason of an end is written once, by CompareExchange from null.
+//   5  Nothing below calls back upward: the end of a connection is the end of an awaited task.
+//   6  Continuations run on the event loop's own threads, so nothing in them may block. What would block (name
+//      look-ups, the log) has a thread of its own; timeouts are found by one sweep, not by a timer a connection.
+//
+// MAP                                  to enter a room:  grep -n "^// == " TcpProxy.cs
+//
+//    1 PROGRAM     Main, exit status, signals
+//    2 OPTIONS     the one table; command line and file to settings; help
+//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
+//    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
+//    5 ADMISSION   limits on the number of connections
+//    6 UPSTREAMS   pool of servers, choice, retry
+//    7 CONNECT     resolve names, dial addresses
+//    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
+//    9 PUMP        one direction: receive, send; the buffer
+//   10 OBSERVE     log lines, written off the data path
+//   11 PLATFORM    the sweep, addresses, units, text, libc
+//
+// A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
+
+using System;
+using System.Buffers;
+using System.Collections.Generic;
+using System.Diagnostics;
+using System.Globalization;
+using System.IO;
+using System.Net;
+using System.Net.Sockets;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using System.Text;
+using System.Threading;
+using System.Threading.Tasks;
+using Microsoft.Win32.SafeHandles;
+
+namespace TcpProxy;
+
+// == 1  PROGRAM =====================================================================================================
+// Reads the command line, does what it says, turns the outcome into an exit status. All that is written to stderr
+// outside of the log is one line, "tcpproxy: error: ...", in lower case and without a final period.
+
+internal static class ExitStatus
+{
+    internal const int Done = 0;
+    internal const int Failed = 1; // at run time: cannot bind, --once or --wait-for did not succeed
+    internal const int Usage = 2; // the command line or the file is wrong; nothing was started
+}
+
+internal static class Program
+{
+    private static async Task<int> Main(string[] args)
+    {
+        try
+        {
+            Settings settings = CommandLine.Parse(args);
+            return settings.Command switch
+            {
+                Command.ShortHelp => Print(Help.Short()),
+                Command.Help => Print(Help.Full()),
+                Command.Version => Print($"tcpproxy {Help.Version}\n"),
+                Command.CheckConfig => Print($"configuration is valid: {Text.Count(settings.Routes.Count, "route")}\n"),
+                Command.WaitFor => await Dialer.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
+                    ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                _ => await RunAsync(settings),
+            };
+        }
+        catch (FormatException e)
+        {
+            return Fail(ExitStatus.Usage, e.Message);
+        }
+        catch (IOException e)
+        {
+            return Fail(ExitStatus.Failed, e.Message);
+        }
+    }
+
+    private static async Task<int> RunAsync(Settings settings)
+    {
+        EventLoop.Configure(settings.Threads);
+        Descriptors.RaiseLimit();
+        Proxy proxy = new(settings);
+        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
+        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
+        return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
+
+        void Stop(PosixSignalContext context)
+        {
+            context.Cancel = true; // the runtime would end the process
+            proxy.Stop();
+        }
+    }
+
+    private static int Print(string text) =>
+        StandardStream.TryWrite(StandardStream.Output, Encoding.UTF8.GetBytes(text)) ? ExitStatus.Done : ExitStatus.Failed;
+
+    private static int Fail(int status, string message)
+    {
+        StandardStream.TryWrite(
+            StandardStream.Error, Encoding.UTF8.GetBytes($"tcpproxy: error: {Text.Escape(message)}\n"));
+        return status;
+    }
+}
+
+// == 2  OPTIONS =====================================================================================================
+// An option is one row of Option.Table. The parser, both helps, the configuration file and the README's reference
+// (Unit/ReadmeTests.cs) are made from that row. Anything wrong in what was typed is a FormatException whose message
+// is the line that the user reads: where, what was wrong, what was probably meant.
+
+/// <summary>What the command line asks for.</summary>
+internal enum Command
+{
+    Run,
+    ShortHelp,
+    Help,
+    Version,
+    CheckConfig,
+    WaitFor,
+}
+
+/// <summary>Where an option holds.</summary>
+internal enum Scope
+{
+    Route, // for the route it stands in, or for every route when it stands before the first listen
+    Process, // for the process, wherever it stands
+    CommandLine, // the same, and has no meaning in a file
+}
+
+/// <summary>One option. An empty <paramref name="value"/> name makes it a flag; <paramref name="fallback"/> is
+/// applied by the same code as a typed value, so the default that help shows is the one in force. The first
+/// sentence of <paramref name="help"/> is the short help.</summary>
+internal sealed class Option(
+    string name, char letter, string value, string group, Scope scope, string fallback, string help,
+    Action<Settings, RouteSettings, string> apply)
+{
+    internal string Name { get; } = name;
+    internal char Letter { get; } = letter;
+    internal string Value { get; } = value;
+    internal string Group { get; } = group;
+    internal Scope Scope { get; } = scope;
+    internal string Default { get; } = fallback;
+    internal string Help { get; } = help;
+    internal Action<Settings, RouteSettings, string> Apply { get; } = apply;
+    internal bool IsFlag => Value.Length == 0;
+
+    internal static readonly Option[] Table =
+    [
+        new("listen", 'l', "ADDR", "route", Scope.Route, "",
+            "Accept clients at ADDR; starts a route. The options that follow belong to it; those before the first "
+            + "--listen are defaults for every route.",
+            (_, r, v) => r.Listen = ListenAddress.Parse(v)),
+        new("upstream", 'u', "ADDR", "route", Scope.Route, "",
+            "Relay them to ADDR. Given several times: to the server with the fewest connections.",
+            (_, r, v) => r.Upstreams.Add(UpstreamAddress.Parse(v))),
+        new("name", '\0', "TEXT", "route", Scope.Route, "",
+            "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
+            (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
+
+        new("connect-timeout", '\0', "TIME", "connect", Scope.Route, "5s",
+            "Give up a server that does not answer within TIME.",
+            (_, r, v) => r.Connect.Timeout = Units.ParseTime(v)),
+        new("retries", '\0', "N", "connect", Scope.Route, "3",
+            "After a failed connect, try up to N other servers of the route.",
+            (_, r, v) => r.Connect.Retries = Units.ParseCount(v)),
+        new("source", '\0', "ADDR", "connect", Scope.Route, "",
+            "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached.",
+            (_, r, v) => r.Connect.Source = IPAddress.TryParse(v, out IPAddress? address) ? address
+                : throw new FormatException($"'{v}' is not an IP address")),
+        new("resolve", '\0', "TIME", "connect", Scope.Route, "30s",
+            "Keep the addresses of a server's name for TIME. A name is resolved when it is first needed, again when "
+            + "TIME has passed or its addresses fail; while it does not resolve, the last known addresses serve.",
+            (_, r, v) => r.Connect.Resolve = Units.ParseTime(v)),
+
+        new("max-connections", '\0', "N", "limits", Scope.Route, "off",
+            "Close at once what comes beyond N connections. Before the first --listen it also bounds the sum over "
+            + "all routes.",
+            (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
+        new("max-bytes-up", '\0', "SIZE", "limits", Scope.Route, "off",
+            "End a connection when exactly SIZE bytes have passed from the client.",
+            (_, r, v) => r.Bridge.MaxBytesUp = Units.ParseSize(v)),
+        new("max-bytes-down", '\0', "SIZE", "limits", Scope.Route, "off",
+            "End a connection when exactly SIZE bytes have passed to the client.",
+            (_, r, v) => r.Bridge.MaxBytesDown = Units.ParseSize(v)),
+        new("max-lifetime", '\0', "TIME", "limits", Scope.Route, "off",
+            "End a connection that is TIME old.",
+            (_, r, v) => r.Bridge.MaxLifetime = Units.ParseTime(v)),
+
+        new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
+            "End a connection in which nothing has moved for TIME.",
+            (_, r, v) => r.Bridge.IdleTimeout = Units.ParseTime(v)),
+        new("fin-timeout", '\0', "TIME", "timeouts", Scope.Route, "60s",
+            "The same, once one side has finished sending. The other side may go on for as long as it makes progress.",
+            (_, r, v) => r.Bridge.FinTimeout = Units.ParseTime(v)),
+        new("keepalive", '\0', "TIME", "timeouts", Scope.Route, "60s",
+            "Probe a connection that is silent for TIME (TCP keep-alive), on both sides. One that does not answer "
+            + "three probes, TIME/4 apart, is dead.",
+            (_, r, v) => r.Bridge.Keepalive = Units.ParseTime(v)),
+
+        new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
+            "Log as text (logfmt), json (the same keys) or off.",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
+        new("log-file", '\0', "FILE", "observe", Scope.Process, "",
+            "Append the log to FILE instead of stderr.",
+            (s, _, v) => s.Log.File = Text.NotEmpty(v, "file name")),
+        new("log-level", '\0', "LEVEL", "observe", Scope.Process, "info",
+            "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
+            (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+
+        new("config", 'c', "FILE", "run", Scope.CommandLine, "",
+            "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
+            + "Options on the command line win over the file's, in every route.",
+            (s, _, v) => s.ConfigFile = Text.NotEmpty(v, "file name")),
+        new("check-config", '\0', "", "run", Scope.CommandLine, "",
+            "Say whether the command line and the file are valid, and exit.",
+            (s, _, _) => s.Command = Command.CheckConfig),
+        new("drain-timeout", '\0', "TIME", "run", Scope.Process, "30s",
+            "On TERM or INT stop accepting and let connections finish for up to TIME. A second signal ends at once.",
+            (s, _, v) => s.DrainTimeout = Units.ParseTime(v)),
+        new("threads", '\0', "N|auto", "run", Scope.Process, "auto",
+            "Event loop threads. auto is one a processor.",
+            (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256)),
+        new("buffer-size", '\0', "SIZE", "run", Scope.Route, "64k",
+            "Move at most SIZE bytes at once in a direction (256 to 16m). A connection that waits holds no buffer.",
+            (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
+        new("pid-file", '\0', "FILE", "run", Scope.Process, "",
+            "Write the process id to FILE when ready; removed at the end.",
+            (s, _, v) => s.PidFile = Text.NotEmpty(v, "file name")),
+        new("port-file", '\0', "FILE", "run", Scope.Process, "",
+            "When ready, write the bound addresses to FILE, one a line in the order of the listens. It is written "
+            + "whole or not at all, and removed at the end: a script waits for it and knows where port 0 has led.",
+            (s, _, v) => s.PortFile = Text.NotEmpty(v, "file name")),
+        new("once", '\0', "", "run", Scope.Process, "",
+            "Serve one connection, then exit: 0 if it ended well, else 1.",
+            (s, _, _) => s.Once = true),
+        new("wait-for", '\0', "ADDR", "run", Scope.CommandLine, "",
+            "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
+            (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
+        new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
+            "How long --wait-for waits.",
+            (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
+        new("quiet", 'q', "", "run", Scope.Process, "",
+            "Log warnings and errors only.",
+            (s, _, _) => s.Log.Level = LogLevel.Warn),
+        new("verbose", 'v', "", "run", Scope.Process, "",
+            "Log everything.",
+            (s, _, _) => s.Log.Level = LogLevel.Debug),
+        new("help", 'h', "", "run", Scope.CommandLine, "",
+            "Print help and exit. -h is short, --help is all of it.",
+            (s, _, _) => s.Command = Command.Help),
+        new("version", 'V', "", "run", Scope.CommandLine, "",
+            "Print the version and exit.",
+            (s, _, _) => s.Command = Command.Version),
+    ];
+
+    internal static Option? Find(string name) => Array.Find(Table, option => option.Name == name);
+
+    internal static Option? Find(char letter) => Array.Find(Table, option => option.Letter == letter);
+}
+
+/// <summary>An option as it was typed: where (for the message when it is wrong) and with what value.</summary>
+internal readonly struct Setting(Option option, string value, string where)
+{
+    internal Option Option { get; } = option;
+    private readonly string _value = value;
+    internal string Where { get; } = where;
+
+    internal void Apply(Settings settings, RouteSettings route)
+    {
+        try
+        {
+            Option.Apply(settings, route, _value);
+        }
+        catch (FormatException e)
+        {
+            throw Wrong(e.Message);
+        }
+    }
+
+    internal FormatException Wrong(string what) => new($"{Where}: {what}");
+}
+
+internal static class CommandLine
+{
+    private const int LargestFile = 16 << 20; // bytes: /dev/zero is not a configuration
+
+    /// <exception cref="FormatException">what was typed is wrong; the message is the line for the user</exception>
+    internal static Settings Parse(IReadOnlyList<string> arguments)
+    {
+        List<Setting> typed = [];
+        List<string> positional = [];
+        Read(arguments, typed, positional);
+        Settings settings = new();
+        RouteSettings defaults = new();
+        foreach (Option option in Option.Table)
+        {
+            if (option.Default.Length > 0)
+            {
+                option.Apply(settings, defaults, option.Default);
+            }
+        }
+
+        foreach (Setting setting in typed)
+        {
+            if (setting.Option.Scope == Scope.CommandLine)
+            {
+                setting.Apply(settings, defaults);
+            }
+        }
+
+        if (settings.Command == Command.Help && typed.Exists(setting => setting.Where == "-h"))
+        {
+            settings.Command = Command.ShortHelp;
+        }
+        else if (settings.Command is Command.Run or Command.CheckConfig)
+        {
+            AddRoutes(settings, defaults, typed, positional);
+        }
+        else if (settings.Command == Command.WaitFor && positional.Count > 0)
+        {
+            throw new FormatException($"'{positional[0]}': --wait-for takes one address and serves no route");
+        }
+
+        return settings;
+    }
+
+    // ---- reading: words to settings and positional arguments
+
+    private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
+    {
+        bool optionsEnded = false;
+        for (int i = 0; i < words.Count; i++)
+        {
+            string word = words[i];
+            if (optionsEnded || word.Length < 2 || word[0] != '-')
+            {
+                positional.Add(word);
+            }
+            else if (word == "--")
+            {
+                optionsEnded = true;
+            }
+            else if (word[1] == '-')
+            {
+                i += ReadLong(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+            }
+            else
+            {
+                i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+            }
+        }
+    }
+
+    /// <summary>--name, --name value or --name=value; returns how many words beyond its own it took.</summary>
+    private static int ReadLong(string word, string? next, List<Setting> typed)
+    {
+        int equals = word.IndexOf('=', StringComparison.Ordinal);
+        string name = equals < 0 ? word : word[..equals];
+        Option option = Option.Find(name[2..]) ?? throw Unknown(name, "--", name[2..]);
+        string? given = equals < 0 ? null : word[(equals + 1)..];
+        if (option.IsFlag && given is not null)
+        {
+            throw new FormatException($"{name}: takes no value, but '{given}' was given");
+        }
+
+        typed.Add(new Setting(option, given ?? (option.IsFlag ? "" : Value(option, name, next)), name));
+        return given is null && !option.IsFlag ? 1 : 0;
+    }
+
+    /// <summary>A cluster of letters, the last of which may take a value: -qv, -l 8080, -l8080.</summary>
+    private static int ReadLetters(string word, string? next, List<Setting> typed)
+    {
+        for (int i = 1; i < word.Length; i++)
+        {
+            string name = $"-{word[i]}";
+            Option? option = Option.Find(word[i]);
+            if (option is null)
+            {
+                // -timeout: an old-style long option is the likeliest mistake
+                throw Option.Find(word[1..].Split('=')[0]) is { } meant
+                    ? new FormatException($"{word}: unknown option; did you mean '--{meant.Name}'?")
+                    : new FormatException($"{name}: unknown option; 'tcpproxy -h' lists them");
+            }
+
+            if (option.IsFlag)
+            {
+                typed.Add(new Setting(option, "", name));
+                continue;
+            }
+
+            bool attached = i + 1 < word.Length;
+            typed.Add(new Setting(option, attached ? word[(i + 1)..] : Value(option, name, next), name));
+            return attached ? 0 : 1;
+        }
+
+        return 0;
+    }
+
+    private static string Value(Option option, string name, string? next) =>
+        next is null ? throw new FormatException($"{name}: needs a value {option.Value}")
+        : next.Length > 1 && next[0] == '-'
+            ? throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows")
+        : next;
+
+    private static FormatException Unknown(string where, string dashes, string name)
+    {
+        string? near = Text.Nearest(name, Array.ConvertAll(Option.Table, option => option.Name));
+        return new FormatException(near is null ? $"{where}: unknown option; 'tcpproxy -h' lists them"
+            : $"{where}: unknown option; did you mean '{dashes}{near}'?");
+    }
+
+    /// <summary>One option a line: name, blanks, value. A value may be quoted; # starts a comment.</summary>
+    internal static void ReadFile(string file, string text, List<Setting> typed)
+    {
+        int number = 0;
+        foreach (string raw in text.Split('\n'))
+        {
+            string at = $"{file}:{++number}";
+            string line = StripComment(raw, at);
+            if (line.Length == 0)
+            {
+                continue;
+            }
+
+            int blank = line.AsSpan().IndexOfAny(' ', '\t');
+            string name = blank < 0 ? line : line[..blank];
+            Option option = Option.Find(name) ?? throw Unknown($"{at}: {name}", "", name.TrimStart('-'));
+            string value = blank < 0 ? "" : Unquote(line[blank..].Trim(), at);
+            typed.Add(new Setting(option, value, $"{at}: {name}"));
+            if (option.Scope == Scope.CommandLine)
+            {
+                throw typed[^1].Wrong("belongs on the command line, not in a file");
+            }
+
+            if (option.IsFlag != (value.Length == 0) || (blank < 0 && !option.IsFlag))
+            {
+                throw typed[^1].Wrong(option.IsFlag ? $"takes no value, but '{value}' was given"
+                    : $"needs a value {option.Value}");
+            }
+        }
+    }
+
+    private static string StripComment(string line, string at)
+    {
+        bool quoted = false;
+        for (int i = 0; i < line.Length; i++)
+        {
+            quoted ^= line[i] == '"';
+            if (line[i] == '#' && !quoted && (i == 0 || char.IsWhiteSpace(line[i - 1])))
+            {
+                return line[..i].Trim();
+            }
+        }
+
+        return quoted ? throw new FormatException($"{at}: a quote is not closed") : line.Trim();
+    }
+
+    private static string Unquote(string value, string at) =>
+        value.Length < 2 || value[0] != '"' ? value
+        : value.IndexOf('"', 1) == value.Length - 1 ? value[1..^1]
+        : throw new FormatException($"{at}: a quoted value ends at its second quote");
+
+    // ---- building: settings to routes
+
+    /// <summary>The file's options stand in order; those of the command line before its first --listen then win
+    /// over them in every route; a --listen on the command line adds a route of its own.</summary>
+    private static void AddRoutes(
+        Settings settings, RouteSettings defaults, List<Setting> typed, List<string> positional)
+    {
+        List<Setting> filed = [];
+        if (settings.ConfigFile is { } file)
+        {
+            ReadFile(file, Load(file), filed);
+        }
+
+        bool isPositional = positional.Count > 0;
+        int firstListen = typed.FindIndex(setting => setting.Option.Name == "listen");
+        if (isPositional && (firstListen >= 0 || settings.ConfigFile is not null))
+        {
+            throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
+        }
+
+        int head = firstListen < 0 ? typed.Count : firstListen;
+        Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
+        foreach (Setting setting in typed[..head])
+        {
+            setting.Apply(settings, defaults);
+            settings.Routes.ForEach(route => setting.Apply(settings, route));
+        }
+
+        settings.MaxConnections = defaults.MaxConnections;
+        if (isPositional)
+        {
+            settings.Routes.Add(Positional(defaults, positional));
+        }
+
+        Build(settings, defaults, CollectionsMarshal.AsSpan(typed)[head..]);
+        if (settings.Routes.Count == 0)
+        {
+            throw new FormatException(
+                "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
+        }
+
+        settings.Routes.ForEach(route => route.Validate());
+    }
+
+    private static void Build(Settings settings, RouteSettings defaults, ReadOnlySpan<Setting> settingsInOrder)
+    {
+        RouteSettings current = defaults;
+        foreach (Setting setting in settingsInOrder)
+        {
+            if (setting.Option.Name == "listen")
+            {
+                settings.Routes.Add(current = defaults.Clone());
+            }
+
+            setting.Apply(settings, current);
+        }
+    }
+
+    private static FormatException Stray(string word, string beside)
+    {
+        Option? meant = Option.Find(word);
+        return new FormatException(meant is null
+            ? $"'{word}': give the route either as LISTEN UPSTREAM or with {beside}, not both"
+            : $"'{word}': unexpected argument; did you mean '--{word}'?");
+    }
+
+    /// <summary>LISTEN UPSTREAM..., or the original's LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT.</summary>
+    private static RouteSettings Positional(RouteSettings defaults, List<string> words)
+    {
+        RouteSettings route = defaults.Clone();
+        if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
+        {
+            route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
+            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamAddress.Parse($"{Bracket(words[2])}:{v}")));
+            return words.Count == 4 ? route : throw new FormatException(
+                $"'{words[4]}': unexpected argument after the four of the original form"
+                + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
+        }
+
+        if (words.Count > 1 && IsHost(words[0]) && Text.IsDigits(words[1]))
+        {
+            throw new FormatException($"LISTEN: '{words[0]}' has no port; did you mean '{words[0]}:{words[1]}'? "
+                + "(the original form is LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT)");
+        }
+
+        route.Listen = At("LISTEN", words[0], ListenAddress.Parse);
+        for (int i = 1; i < words.Count; i++)
+        {
+            route.Upstreams.Add(At("UPSTREAM", words[i], UpstreamAddress.Parse));
+        }
+
+        return route;
+
+        static string Bracket(string host) => host.Contains(':', StringComparison.Ordinal) ? $"[{host}]" : host;
+
+        static bool IsHost(string word) => !Text.IsDigits(word)
+            && (IPAddress.TryParse(word, out _) || !word.Contains(':', StringComparison.Ordinal));
+
+        static T At<T>(string where, string word, Func<string, T> parse)
+        {
+            try
+            {
+                return parse(word);
+            }
+            catch (FormatException e)
+            {
+                throw new FormatException($"{where}: {e.Message}");
+            }
+        }
+    }
+
+    private static string Load(string file)
+    {
+        try
+        {
+            using SafeFileHandle handle = File.OpenHandle(file, share: FileShare.ReadWrite);
+            byte[] bytes = new byte[LargestFile + 1];
+            int length = 0;
+            while (RandomAccess.Read(handle, bytes.AsSpan(length), length) is int read and > 0)
+            {
+                length += read;
+            }
+
+            return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length)
+                : throw new FormatException($"--config: {file} is larger than {LargestFile >> 20} MB");
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new FormatException($"--config: cannot read {file}: {Text.Reason(e)}");
+        }
+    }
+}
+
+/// <summary>Both helps, made from the table.</summary>
+internal static class Help
+{
+    private const int Width = 100;
+    private const int Indent = 30; // where the text of an option starts
+
+    internal const string Usage =
+        """
+        Usage:
+          tcpproxy [OPTIONS] LISTEN UPSTREAM...                                one route
+          tcpproxy LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT [OPTIONS]   the same, as the original wrote it
+          tcpproxy [DEFAULTS] -l LISTEN -u UPSTREAM... [OPTIONS] [-l ...]      many routes
+          tcpproxy -c FILE [OPTIONS]                                           the same options from a file
+          tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
+
+
+        """;
+
+    private const string Notes =
+        """
+
+        Addresses:
+          LISTEN    HOST:PORT, [v6]:PORT, :PORT or *:PORT (all interfaces, IPv4 and IPv6), PORT (loopback only),
+                    HOST:P1-P2 (a range), unix:PATH, fd:N or fd:NAME (systemd socket activation).
+                    Port 0 takes a free port.
+          UPSTREAM  HOST:PORT, PORT (localhost), HOST:P1-P2 (one for each port of the listen range), unix:PATH,
+                    and the built-in servers echo and discard.
+        Units:
+          times 500ms 5s 10m 1h 7d, bare = seconds; sizes 512 64k 10m 1g, powers of 1024; 0 or off = off
+        Signals:
+          TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
+        Exit status:
+          0 done, 1 failed at run time, 2 wrong usage or configuration
+
+        Examples:
+          tcpproxy 8080 echo                              try it: what you send comes back
+          tcpproxy :5432 db.internal:5432                 forward a port on all interfaces
+          tcpproxy 127.0.0.1 8080 example.org 80          the original's four arguments
+          tcpproxy :9000 10.0.0.5:9000 10.0.0.6:9000      two servers, the less busy one gets the next client
+
+        """;
+
+    internal const string Version = "0.1.0"; // the one place that says it: TcpProxy.csproj reads it here
+
+    internal static string Short() => Render(option => option.Help[..(option.Help.IndexOf(". ", StringComparison.Ordinal)
+        is int end and >= 0 ? end : option.Help.Length - 1)]) + "\n'tcpproxy --help' tells more.\n";
+
+    internal static string Full() => Render(option => option.Help) + Notes;
+
+    private static string Render(Func<Option, string> describe)
+    {
+        StringBuilder text = new("tcpproxy relays TCP connections from clients to servers.\n\n" + Usage);
+        string group = "";
+        foreach (Option option in Option.Table)
+        {
+            if (option.Group != group)
+            {
+                text.Append(group.Length > 0 ? "\n" : "").Append(group = option.Group).Append(":\n");
+            }
+
+            string letter = option.Letter == '\0' ? "    " : $"-{option.Letter}, ";
+            string head = $"  {letter}--{option.Name} {option.Value}".TrimEnd();
+            text.Append(head.PadRight(Indent - 2)).Append("  ");
+            string fallback = option.Default.Length > 0 ? $" ({option.Default})" : "";
+            Wrap(text, describe(option) + fallback, Math.Max(head.Length + 2, Indent));
+        }
+
+        return text.ToString();
+    }
+
+    private static void Wrap(StringBuilder text, string words, int column)
+    {
+        foreach (string word in words.Split(' '))
+        {
+            if (column + word.Length > Width)
+            {
+                text.Length--; // the blank after the last word
+                text.Append('\n').Append(' ', Indent);
+                column = Indent;
+            }
+
+            text.Append(word).Append(' ');
+            column += word.Length + 1;
+        }
+
+        text.Length--;
+        text.Append('\n');
+    }
+}
+
+// == 3  PROXY =======================================================================================================
+// Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
+// ends: no more accepting, bridges finish in time, the last lines are written.
+
+/// <summary>All that was asked for.</summary>
+internal sealed class Settings
+{
+    internal Command Command { get; set; }
+    internal string? ConfigFile { get; set; }
+    internal UpstreamAddress? WaitFor { get; set; }
+    internal TimeSpan WaitTimeout { get; set; }
+    internal List<RouteSettings> Routes { get; } = [];
+    internal LogSettings Log { get; } = new();
+    internal int MaxConnections { get; set; } // over all routes; 0 = off
+    internal TimeSpan DrainTimeout { get; set; }
+    internal int Threads { get; set; } // 0 = one a processor
+    internal string? PidFile { get; set; }
+    internal string? PortFile { get; set; }
+    internal bool Once { get; set; }
+}
+
+internal sealed class RouteSettings
+{
+    internal string? Name { get; set; }
+    internal ListenAddress? Listen { get; set; }
+    internal List<UpstreamAddress> Upstreams { get; private set; } = [];
+    internal int MaxConnections { get; set; } // 0 = off
+    internal ConnectSettings Connect { get; private set; } = new();
+    internal BridgeSettings Bridge { get; private set; } = new();
+
+    internal string Title => Name ?? Listen!.Text;
+
+    internal RouteSettings Clone()
+    {
+        RouteSettings copy = (RouteSettings)MemberwiseClone();
+        copy.Upstreams = [.. Upstreams];
+        copy.Connect = Connect.Clone();
+        copy.Bridge = Bridge.Clone();
+        return copy;
+    }
+
+    /// <exception cref="FormatException">the parts do not fit together</exception>
+    internal void Validate()
+    {
+        string listen = Listen!.Text;
+        if (Upstreams.Count == 0)
+        {
+            throw new FormatException($"route {Title}: no upstream: where shall clients of {listen} be relayed to? "
+                + $"Try '{listen} echo', or -u ADDR");
+        }
+
+        foreach (UpstreamAddress upstream in Upstreams)
+        {
+            if (upstream.PortCount > 1 && upstream.PortCount != Listen.PortCount)
+            {
+                throw new FormatException($"route {Title}: upstream {upstream.Text} has {upstream.PortCount} ports, "
+                    + $"but {listen} has {Listen.PortCount}; give as many, or one for all");
+            }
+        }
+    }
+}
+
+/// <summary>A route at run time.</summary>
+internal sealed class Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+{
+    internal RouteSettings Settings { get; } = settings;
+    internal string Title { get; } = settings.Title;
+    internal ConnectionLimit Limit { get; } = new(settings.MaxConnections, processLimit);
+    internal UpstreamPool Pool { get; } = new(settings.Upstreams, settings.Connect, settings.Title, log);
+}
+
+internal sealed class Proxy
+{
+    private const int LastLines = 1000; // ms for the end of bridges that were cut and for the last lines of the log
+
+    private readonly Settings _settings;
+    private readonly Log _log;
+    private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private int _serving = 1; // connections, and one for the accept loops as long as they run
+    private int _signals;
+    private int _onceTaken;
+    private bool _onceFailed;
+
+    internal Proxy(Settings settings)
+    {
+        _settings = settings;
+        _log = new Log(settings.Log);
+    }
+
+    /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
+    /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
+    internal async Task<bool> RunAsync()
+    {
+        _log.Start();
+        try
+        {
+            Bind();
+            WriteFiles();
+            _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
+            await _stopping.Task;
+            await DrainAsync();
+        }
+        finally
+        {
+            StopAccepting();
+            RemoveFiles();
+            _log.Stop(LastLines);
+        }
+
+        return !_onceFailed;
+    }
+
+    /// <summary>The first call drains, the second ends at once.</summary>
+    internal void Stop()
+    {
+        if (Interlocked.Increment(ref _signals) == 1)
+        {
+            _stopping.TrySetResult();
+        }
+        else
+        {
+            Bridge.StopAllAt(Environment.TickCount64);
+        }
+    }
+
+    // ---- start and end
+
+    private void Bind()
+    {
+        ConnectionLimit processLimit = new(_settings.MaxConnections, null);
+        List<TimeSpan> bounds = [_settings.DrainTimeout];
+        foreach (RouteSettings settings in _settings.Routes)
+        {
+            Route route = new(settings, processLimit, _log);
+            BridgeSettings bridge = settings.Bridge;
+            bounds.AddRange(
+                settings.Connect.Timeout, bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime, bridge.QuotaGrace);
+            try
+            {
+                Acceptor.Bind(
+                    settings.Listen!, _log, (client, portIndex) => Accepted(route, portIndex, client), _acceptors);
+            }
+            catch (Exception e) when (e is SocketException or IOException)
+            {
+                throw new IOException($"route {route.Title}: cannot listen on {settings.Listen!.Text}: {Text.Reason(e)}");
+            }
+
+            _log.Listening(route.Title, settings.Listen!.Text, string.Join(' ', settings.Upstreams));
+        }
+
+        Sweep.Start(bounds);
+    }
+
+    private void WriteFiles()
+    {
+        if (_settings.PidFile is { } pidFile)
+        {
+            WholeFile.Write(pidFile, $"{Environment.ProcessId}\n");
+        }
+
+        if (_settings.PortFile is { } portFile)
+        {
+            StringBuilder text = new();
+            _acceptors.ForEach(acceptor => text.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
+            WholeFile.Write(portFile, text.ToString());
+        }
+    }
+
+    private void RemoveFiles()
+    {
+        WholeFile.Remove(_settings.PidFile);
+        WholeFile.Remove(_settings.PortFile);
+    }
+
+    private void StopAccepting()
+    {
+        _acceptors.ForEach(acceptor => acceptor.Dispose());
+        _acceptors.Clear();
+    }
+
+    private async Task DrainAsync()
+    {
+        StopAccepting();
+        int left = Volatile.Read(ref _serving) - 1;
+        if (!_settings.Once)
+        {
+            _log.Event(LogLevel.Info, "draining", $"{Text.Count(left, "connection")} left");
+        }
+
+        if (_settings.DrainTimeout > TimeSpan.Zero && !_settings.Once)
+        {
+            Bridge.StopAllAt(Environment.TickCount64 + (long)_settings.DrainTimeout.TotalMilliseconds);
+        }
+
+        Leave();
+        await _idle.Task;
+        _log.Event(LogLevel.Info, "stopped", "");
+    }
+
+    private void Leave()
+    {
+        if (Interlocked.Decrement(ref _serving) == 0)
+        {
+            _idle.TrySetResult();
+        }
+    }
+
+    // ---- one connection
+
+    /// <summary>(1) The acceptor's hand-over: from here on the socket is ours (rule 1).</summary>
+    private void Accepted(Route route, int portIndex, Socket client)
+    {
+        if (_settings.Once && Interlocked.Exchange(ref _onceTaken, 1) != 0)
+        {
+            client.Dispose();
+            return;
+        }
+
+        Interlocked.Increment(ref _serving);
+        if (_settings.Once)
+        {
+            _stopping.TrySetResult();
+        }
+
+        _ = ServeAsync(route, portIndex, client);
+    }
+
+    /// <summary>Steps (2) to (8). Nobody awaits it, so it ends without an exception whatever happens.</summary>
+    private async Task ServeAsync(Route route, int portIndex, Socket client)
+    {
+        ConnectionLine line = new(route.Title, client.RemoteEndPoint);
+        CloseReason reason = CloseReason.InternalError;
+        try
+        {
+            if (!route.Limit.TryEnter()) // (2)
+            {
+                client.Dispose();
+                reason = CloseReason.ConnectionLimit;
+                return;
+            }
+
+            try
+            {
+                reason = await RelayAsync(route, portIndex, client, line);
+            }
+            finally
+            {
+                route.Limit.Leave();
+            }
+        }
+#pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            client.Close(0);
+            _log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            End(line, reason); // (8)
+        }
+    }
+
+    /// <summary>Steps (3) to (7).</summary>
+    private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
+    {
+        using Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
+        line.Upstream = connection.Upstream.Address.Text;
+        if (connection.Failure is { } failure)
+        {
+            client.Close(0); // a reset: the client must not take this for an empty answer
+            return failure;
+        }
+
+        line.Connected(connection.Server);
+
+        Bridge bridge = new(client, connection.Socket, connection.Upstream.Address.Kind, route.Settings.Bridge); // (5)
+        CloseReason reason = await bridge.RunAsync(); // (6) (7)
+        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        return reason;
+    }
+
+    private void End(ConnectionLine line, CloseReason reason)
+    {
+        if (reason == CloseReason.OutOfDescriptors)
+        {
+            Exhaustion.Refused(_log); // one line an episode, not one a client
+        }
+        else
+        {
+            line.Ended(reason.Code, reason.Words);
+            _log.Connection(line);
+        }
+
+        _onceFailed = reason != CloseReason.Done;
+        Leave();
+    }
+}
+
+/// <summary>Files that others wait for: they appear whole, or not at all.</summary>
+internal static class WholeFile
+{
+    internal static void Write(string path, string text)
+    {
+        string temporary = $"{path}.{Environment.ProcessId}.tmp";
+        try
+        {
+            File.WriteAllBytes(temporary, Encoding.UTF8.GetBytes(text));
+            File.Move(temporary, path, overwrite: true);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"cannot write {path}: {Text.Reason(e)}");
+        }
+    }
+
+    internal static bool CanOpen(string path)
+    {
+        try
+        {
+            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite).Dispose();
+            return true;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return false;
+        }
+    }
+
+    internal static void Remove(string? path)
+    {
+        try
+        {
+            if (path is not null)
+            {
+                File.Delete(path);
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            // it has served its purpose; whoever made it unremovable knows why
+        }
+    }
+}
+
+// == 4  ACCEPTOR ====================================================================================================
+// Binds a listen address, which may be several sockets, and accepts until it is disposed. An error of accept() is the
+// client's (it left while it waited: go on) or the machine's (out of descriptors or memory: refuse those who wait,
+// with the help of one descriptor kept in reserve, and go on). It is never a reason to stop listening.
+
+internal sealed class Acceptor : IDisposable
+{
+    private const int Backlog = 4096; // the kernel takes its own limit when that is lower (net.core.somaxconn)
+    private const int Pause = 50; // ms between two looks at the backlog while out of descriptors
+    private const int FreePortTries = 20; // to find one port that is free on both loopback addresses
+
+    private readonly Socket _socket; // owned; disposed by Dispose
+    private readonly string? _path; // of a unix socket that we made; removed by Dispose
+    private readonly int _portIndex;
+    private readonly Action<Socket, int> _accepted;
+    private readonly Log _log;
+
+    private Acceptor(Socket socket, string? path, int portIndex, bool isTwin, Log log, Action<Socket, int> accepted)
+    {
+        (_socket, _path, _portIndex, IsTwin, _log, _accepted) = (socket, path, portIndex, isTwin, log, accepted);
+        Address = path is not null ? $"unix:{path}" : Text.Of(socket.LocalEndPoint);
+    }
+
+    internal string Address { get; }
+
+    /// <summary>The second socket of one listen address: [::1] beside 127.0.0.1 with the same port.</summary>
+    internal bool IsTwin { get; }
+
+    public void Dispose()
+    {
+        _socket.Dispose();
+        if (_path is not null)
+        {
+            WholeFile.Remove(_path);
+        }
+    }
+
+    /// <summary>Accepts until disposed; each client is handed over with its socket (rule 1).</summary>
+    internal async Task RunAsync()
+    {
+        while (true)
+        {
+            Socket client;
+            try
+            {
+                client = await _socket.AcceptAsync();
+            }
+            catch (Exception e) when (e is ObjectDisposedException || SocketErrors.IsAborted(e))
+            {
+                return;
+            }
+            catch (SocketException e) when (SocketErrors.IsExhausted(e.SocketErrorCode))
+            {
+                if (!Exhaustion.RefuseWaiting(_socket, _log))
+                {
+                    return;
+                }
+
+                await Task.Delay(Pause);
+                continue;
+            }
+            catch (SocketException)
+            {
+                continue; // this client has left before it was accepted
+            }
+
+            Exhaustion.Recovered(_log);
+            _accepted(client, _portIndex);
+        }
+    }
+
+    // ---- binding
+
+    /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>.</summary>
+    /// <exception cref="SocketException">an address cannot be bound</exception>
+    /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
+    internal static void Bind(
+        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors)
+    {
+        switch (address.Kind)
+        {
+            case AddressKind.Unix:
+                Add(BindUnix(address.Host), address.Host, 0);
+                break;
+            case AddressKind.Descriptor:
+                foreach (int descriptor in Descriptors.Inherited(address.Host))
+                {
+                    Add(Adopt(descriptor), null, 0);
+                }
+
+                break;
+            case AddressKind.Loopback:
+                for (int i = 0; i < address.PortCount; i++)
+                {
+                    (Socket first, Socket? second) = BindLoopback(address.PortAt(i));
+                    Add(first, null, i);
+                    if (second is not null)
+                    {
+                        Add(second, null, i, isTwin: true);
+                    }
+                }
+
+                break;
+            default:
+                IPAddress host = Address(address.Host);
+                for (int i = 0; i < address.PortCount; i++)
+                {
+                    Add(BindTcp(host, address.PortAt(i)), null, i);
+                }
+
+                break;
+        }
+
+        void Add(Socket socket, string? path, int portIndex, bool isTwin = false)
+        {
+            Acceptor acceptor = new(socket, path, portIndex, isTwin, log, accepted);
+            acceptors.Add(acceptor);
+            if (socket.AddressFamily != AddressFamily.Unix)
+            {
+                SocketOptions.Listener(socket);
+            }
+
+            socket.Listen(Backlog);
+        }
+
+        static IPAddress Address(string host) =>
+            host.Length == 0 ? Socket.OSSupportsIPv6 ? IPAddress.IPv6Any : IPAddress.Any
+            : IPAddress.TryParse(host, out IPAddress? literal) ? literal
+            : Dns.GetHostAddresses(host)[0];
+    }
+
+    private static Socket BindTcp(IPAddress address, int port)
+    {
+        Socket socket = new(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
+        try
+        {
+            if (address.Equals(IPAddress.IPv6Any))
+            {
+                socket.DualMode = true;
+            }
+
+            socket.Bind(new IPEndPoint(address, port));
+            return socket;
+        }
+        catch (SocketException)
+        {
+            socket.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>A bare port is loopback, and a client that says localhost may mean either family.</summary>
+    private static (Socket First, Socket? Second) BindLoopback(int port)
+    {
+        for (int i = 1; ; i++)
+        {
+            Socket first = BindTcp(IPAddress.Loopback, port);
+            try
+            {
+                return (first, BindTcp(IPAddress.IPv6Loopback, ((IPEndPoint)first.LocalEndPoint!).Port));
+            }
+            catch (SocketException e) when (e.SocketErrorCode != SocketError.AddressAlreadyInUse)
+            {
+                return (first, null); // no IPv6 here
+            }
+            catch (SocketException) when (port == 0 && i < FreePortTries)
+            {
+                first.Dispose(); // the port that was free for IPv4 is taken for IPv6: ask for another
+            }
+            catch (SocketException)
+            {
+                first.Dispose();
+                throw;
+            }
+        }
+    }
+
+    private static Socket BindUnix(string path)
+    {
+        UnixDomainSocketEndPoint endPoint = new(path);
+        Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            RemoveStale(endPoint, path);
+            socket.Bind(endPoint);
+            return socket;
+        }
+        catch (SocketException)
+        {
+            socket.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>A path that a process which is gone has left behind refuses connections; a live one is kept.</summary>
+    private static void RemoveStale(UnixDomainSocketEndPoint endPoint, string path)
+    {
+        using Socket probe = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            probe.Connect(endPoint);
+        }
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ConnectionRefused)
+        {
+            // an ordinary file refuses too, but it can be opened: it stays, and bind() says that the path is in use
+            if (!WholeFile.CanOpen(path))
+            {
+                WholeFile.Remove(path);
+            }
+        }
+        catch (SocketException)
+        {
+            // it is not there, or not ours to judge: bind() says
+        }
+    }
+
+    private static Socket Adopt(int descriptor)
+    {
+        try
+        {
+            Socket socket = new(new SafeSocketHandle(descriptor, ownsHandle: true));
+            return socket.SocketType == SocketType.Stream ? socket
+                : throw new IOException($"descriptor {descriptor} is not a stream socket");
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"descriptor {descriptor} is not an open socket: {Text.Reason(e)}");
+        }
+    }
+}
+
+/// <summary>The state "out of descriptors or memory" of the process: said once when it begins, once when it is over,
+/// with a count of the clients that were refused in between.</summary>
+internal static class Exhaustion
+{
+    private const int Over = 1000; // ms without a refusal
+
+    private static readonly Lock s_gate = new();
+    private static Socket? s_reserve = NewReserve();
+    private static long s_refused;
+    private static long s_last; // when the last client was refused
+    private static volatile bool s_lasts;
+
+    internal static void Refused(Log log)
+    {
+        lock (s_gate)
+        {
+            s_refused++;
+            Begin(log);
+        }
+    }
+
+    /// <summary>Refuses all who wait at <paramref name="listener"/>: the reserve lends them a descriptor to be closed
+    /// with, one after the other. False when the listener is closed.</summary>
+    internal static bool RefuseWaiting(Socket listener, Log log)
+    {
+        lock (s_gate)
+        {
+            Begin(log);
+            s_reserve?.Dispose();
+            try
+            {
+                listener.Blocking = false;
+                while (true)
+                {
+                    listener.Accept().Close(0);
+                    s_refused++;
+                }
+            }
+            catch (SocketException)
+            {
+                return true; // nobody waits, or the descriptor was taken by another thread: look again later
+            }
+            catch (ObjectDisposedException)
+            {
+                return false;
+            }
+            finally
+            {
+                s_reserve = NewReserve();
+            }
+        }
+    }
+
+    internal static void Recovered(Log log)
+    {
+        if (s_lasts && Environment.TickCount64 - Volatile.Read(ref s_last) > Over)
+        {
+            lock (s_gate)
+            {
+                if (s_lasts)
+                {
+                    s_lasts = false;
+                    log.Event(LogLevel.Warn, "recovered", $"accepting again; {Text.Count(s_refused, "client")} refused");
+                    s_refused = 0;
+                }
+            }
+        }
+    }
+
+    private static void Begin(Log log)
+    {
+        Volatile.Write(ref s_last, Environment.TickCount64);
+        if (!s_lasts)
+        {
+            s_lasts = true;
+            log.Event(LogLevel.Warn, "exhausted",
+                $"out of descriptors or memory ({Descriptors.Limit} descriptors allowed): refusing clients");
+        }
+    }
+
+    private static Socket? NewReserve()
+    {
+        try
+        {
+            return new Socket(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
+        }
+        catch (SocketException)
+        {
+            return null; // taken meanwhile; the next look tries again
+        }
+    }
+}
+
+// == 5  ADMISSION ===================================================================================================
+// Who may connect. So far: how many.
+
+/// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
+internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
+{
+    private int _count;
+
+    internal bool TryEnter()
+    {
+        int count;
+        do
+        {
+            count = Volatile.Read(ref _count);
+            if (most != 0 && count >= most)
+            {
+                return false;
+            }
+        }
+        while (Interlocked.CompareExchange(ref _count, count + 1, count) != count);
+        if (enclosing is null || enclosing.TryEnter())
+        {
+            return true;
+        }
+
+        Interlocked.Decrement(ref _count);
+        return false;
+    }
+
+    internal void Leave()
+    {
+        Interlocked.Decrement(ref _count);
+        enclosing?.Leave();
+    }
+}
+
+// == 6  UPSTREAMS ===================================================================================================
+// The servers of a route: which one comes next, and which one instead when it does not answer.
+
+/// <summary>One server of a route, and how many connections it has.</summary>
+internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings, string route, Log log)
+{
+    internal UpstreamAddress Address { get; } = address;
+    internal Resolver Resolver { get; } = new(address.Host, settings.Resolve, route, log);
+    internal int Active; // connections; changed by Interlocked
+}
+
+/// <summary>The outcome of steps (3) and (4): a socket, or the failure. Disposing it gives the server's place back;
+/// the socket then belongs to the bridge (rule 1).</summary>
+internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure) : IDisposable
+{
+    internal Upstream Upstream { get; } = upstream;
+    internal Socket? Socket { get; } = socket; // null for the built-in servers
+    internal EndPoint? Server { get; } = server;
+    internal CloseReason? Failure { get; } = failure;
+
+    public void Dispose() => Interlocked.Decrement(ref Upstream.Active);
+}
+
+internal sealed class UpstreamPool
+{
+    private readonly Upstream[] _upstreams;
+    private readonly ConnectSettings _settings;
+    private int _turn;
+
+    internal UpstreamPool(List<UpstreamAddress> addresses, ConnectSettings settings, string route, Log log)
+    {
+        _settings = settings;
+        _upstreams = [.. addresses.ConvertAll(address => new Upstream(address, settings, route, log))];
+    }
+
+    /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.</summary>
+    internal async ValueTask<Connection> ConnectAsync(int portIndex)
+    {
+        List<Upstream> tried = [];
+        while (true)
+        {
+            Upstream upstream = Pick(tried);
+            Interlocked.Increment(ref upstream.Active);
+            Connection connection = await ConnectAsync(upstream, portIndex);
+            tried.Add(upstream);
+            if (connection.Failure is null || !connection.Failure.IsWorthRetry
+                || tried.Count > _settings.Retries || tried.Count == _upstreams.Length)
+            {
+                return connection;
+            }
+
+            connection.Dispose();
+        }
+    }
+
+    /// <summary>The one with the fewest connections of those not tried; of several such, each in turn.</summary>
+    internal Upstream Pick(List<Upstream> tried)
+    {
+        if (_upstreams.Length == 1)
+        {
+            return _upstreams[0];
+        }
+
+        uint turn = (uint)Interlocked.Increment(ref _turn);
+        Upstream? best = null;
+        for (uint i = 0; i < _upstreams.Length; i++)
+        {
+            Upstream candidate = _upstreams[(turn + i) % _upstreams.Length];
+            if (!tried.Contains(candidate)
+                && (best is null || Volatile.Read(ref candidate.Active) < Volatile.Read(ref best.Active)))
+            {
+                best = candidate;
+            }
+        }
+
+        return best!;
+    }
+
+    private async ValueTask<Connection> ConnectAsync(Upstream upstream, int portIndex)
+    {
+        UpstreamAddress address = upstream.Address;
+        switch (address.Kind)
+        {
+            case AddressKind.Echo or AddressKind.Discard:
+                return new Connection(upstream, null, null, null);
+            case AddressKind.Unix:
+                return await DialAsync(upstream, [new UnixDomainSocketEndPoint(address.Host)]);
+            default:
+                IPAddress[] addresses = await upstream.Resolver.ResolveAsync(_settings.Timeout);
+                int port = address.PortAt(portIndex);
+                Connection connection =
+                    await DialAsync(upstream, Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port)));
+                if (connection.Failure is not null)
+                {
+                    upstream.Resolver.Doubt();
+                }
+
+                return connection;
+        }
+    }
+
+    private async ValueTask<Connection> DialAsync(Upstream upstream, EndPoint[] targets)
+    {
+        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(targets, _settings);
+        return new Connection(upstream, dial?.Socket, dial?.Target, failure);
+    }
+}
+
+// == 7  CONNECT =====================================================================================================
+// From a name to a connected socket: look-ups that nobody else waits for, and all addresses tried (RFC 8305).
+
+internal sealed class ConnectSettings
+{
+    internal TimeSpan Timeout { get; set; } // for one server; zero = the operating system's
+    internal int Retries { get; set; }
+    internal TimeSpan Resolve { get; set; }
+    internal IPAddress? Source { get; set; }
+
+    internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
+}
+
+/// <summary>The addresses of one host, looked up when needed, by one look-up at a time, and kept for a while.</summary>
+internal sealed class Resolver
+{
+    private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
+
+    private readonly string _host;
+    private readonly TimeSpan _keep;
+    private readonly string _route;
+    private readonly Log _log;
+    private readonly Lock _gate = new();
+    private IPAddress[] _addresses;
+    private Task<IPAddress[]>? _lookup; // the one that runs; under _gate
+    private long _askedAt;
+    private long _freshUntil;
+
+    internal Resolver(string host, TimeSpan keep, string route, Log log)
+    {
+        (_host, _keep, _route, _log) = (host, keep, route, log);
+        _addresses = IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
+            : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3: needs no look-up
+            : [];
+        _freshUntil = _addresses.Length > 0 ? long.MaxValue : long.MinValue;
+    }
+
+    /// <summary>None when the name does not resolve, or not within <paramref name="timeout"/>.</summary>
+    internal async ValueTask<IPAddress[]> ResolveAsync(TimeSpan timeout)
+    {
+        if (Environment.TickCount64 < Volatile.Read(ref _freshUntil))
+        {
+            return _addresses;
+        }
+
+        Task<IPAddress[]> lookup;
+        lock (_gate)
+        {
+            lookup = _lookup ??= LookUpAsync();
+        }
+
+        try
+        {
+            return await (timeout > TimeSpan.Zero ? lookup.WaitAsync(timeout) : lookup);
+        }
+        catch (TimeoutException)
+        {
+            return _addresses;
+        }
+    }
+
+    /// <summary>The addresses did not answer: the name may have moved.</summary>
+    internal void Doubt()
+    {
+        if (_freshUntil != long.MaxValue)
+        {
+            Volatile.Write(ref _freshUntil, Math.Min(_freshUntil, _askedAt + LeastPause));
+        }
+    }
+
+    private async Task<IPAddress[]> LookUpAsync()
+    {
+        IPAddress[] found = _addresses;
+        string? failure = null;
+        try
+        {
+            // getaddrinfo blocks, so it has a thread of the pool; the yield lets _lookup be set before it is cleared
+            found = Interleave(await Task.Run(() => Dns.GetHostAddresses(_host))
+                .ConfigureAwait(ConfigureAwaitOptions.ForceYielding));
+        }
+        catch (SocketException e)
+        {
+            failure = Text.Reason(e);
+        }
+
+        Report(found, failure);
+        lock (_gate)
+        {
+            _askedAt = Environment.TickCount64;
+            _addresses = found;
+            _lookup = null;
+            long keep = failure is null ? (long)_keep.TotalMilliseconds : Math.Min((long)_keep.TotalMilliseconds, LeastPause);
+            Volatile.Write(ref _freshUntil, _askedAt + keep);
+        }
+
+        return found;
+    }
+
+    private void Report(IPAddress[] found, string? failure)
+    {
+        if (failure is not null)
+        {
+            string serves = found.Length > 0 ? "; its last known addresses serve" : "";
+            _log.Event(LogLevel.Warn, "resolve", $"{_host}: {failure}{serves}", _route);
+        }
+        else if (!found.AsSpan().SequenceEqual(_addresses))
+        {
+            _log.Event(_addresses.Length == 0 ? LogLevel.Debug : LogLevel.Info, "resolve",
+                $"{_host} is {string.Join(' ', (object[])found)}", _route);
+        }
+    }
+
+    /// <summary>RFC 8305, 4: the families in turn, beginning with that of the resolver's first choice (RFC 6724).</summary>
+    internal static IPAddress[] Interleave(IPAddress[] addresses)
+    {
+        List<IPAddress> first = [.. addresses];
+        List<IPAddress> second = first.FindAll(address => address.AddressFamily != addresses[0].AddressFamily);
+        first.RemoveAll(second.Contains);
+        for (int i = 0; i < second.Count; i++)
+        {
+            first.Insert(Math.Min((2 * i) + 1, first.Count), second[i]);
+        }
+
+        return [.. first];
+    }
+}
+
+/// <summary>One attempt to connect to one address. Its socket is the caller's when it succeeds, else closed.</summary>
+internal sealed class Dial : Watched
+{
+    private readonly long _deadline;
+    private bool _isLate;
+
+    private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
+
+    internal Socket Socket { get; } // owned until it has succeeded
+    internal EndPoint Target { get; }
+    internal Task<CloseReason?>? Outcome { get; private set; }
+
+    /// <exception cref="SocketException">no socket: out of descriptors, or the source address is not ours</exception>
+    internal static Dial Start(EndPoint target, IPAddress? source, long deadline)
+    {
+        bool isUnix = target.AddressFamily == AddressFamily.Unix;
+        Socket socket = new(target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+        try
+        {
+            if (!isUnix)
+            {
+                socket.NoDelay = true;
+                SocketOptions.BindSource(socket, source);
+            }
+
+            return new Dial(socket, target, deadline);
+        }
+        catch (SocketException)
+        {
+            socket.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Null when connected, else why not.</summary>
+    internal Task<CloseReason?> RunAsync() => Outcome = ConnectAsync();
+
+    private async Task<CloseReason?> ConnectAsync()
+    {
+        try
+        {
+            ValueTask connecting = Socket.ConnectAsync(Target, CancellationToken.None);
+            if (!connecting.IsCompleted)
+            {
+                Sweep.Add(this);
+            }
+
+            await connecting;
+            return null;
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            Socket.Dispose();
+            return _isLate ? CloseReason.ConnectTimeout : CloseReason.OfConnect(e);
+        }
+        finally
+        {
+            Sweep.Remove(this);
+        }
+    }
+
+    internal override void Check(long now)
+    {
+        if (now >= _deadline)
+        {
+            _isLate = true;
+            Socket.Close(0); // makes the pending connect end
+        }
+    }
+}
+
+internal static class Dialer
+{
+    private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
+    private const int WaitPause = 100; // ms between two attempts of --wait-for
+
+    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all.</summary>
+    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(EndPoint[] targets, ConnectSettings settings)
+    {
+        long deadline = settings.Timeout > TimeSpan.Zero
+            ? Environment.TickCount64 + (long)settings.Timeout.TotalMilliseconds : long.MaxValue;
+        if (settings.Source is { } source)
+        {
+            targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
+                || target.AddressFamily == AddressFamily.Unix);
+        }
+
+        if (targets.Length != 1)
+        {
+            return targets.Length == 0 ? (null, CloseReason.NotResolved) : await RaceAsync(targets, settings.Source, deadline);
+        }
+
+        (Dial? dial, CloseReason? failure) = Start(targets[0], settings.Source, deadline);
+        failure ??= await dial!.RunAsync();
+        return failure is null ? (dial, null) : (null, failure);
+    }
+
+    private static (Dial? Dial, CloseReason? Failure) Start(EndPoint target, IPAddress? source, long deadline)
+    {
+        try
+        {
+            return (Dial.Start(target, source, deadline), null);
+        }
+        catch (SocketException e)
+        {
+            return (null, CloseReason.OfConnect(e));
+        }
+    }
+
+    /// <summary>RFC 8305: the next address is tried when the last one failed or has not answered for a while; the
+    /// first to connect wins and the others are closed.</summary>
+    private static async Task<(Dial? Dial, CloseReason? Failure)> RaceAsync(
+        EndPoint[] targets, IPAddress? source, long deadline)
+    {
+        List<Dial> running = [];
+        CloseReason? failure = null;
+        for (int next = 0; next < targets.Length || running.Count > 0;)
+        {
+            if (next < targets.Length)
+            {
+                (Dial? dial, failure) = Start(targets[next++], source, deadline);
+                if (dial is not null)
+                {
+                    _ = dial.RunAsync();
+                    running.Add(dial);
+                }
+            }
+
+            await AnyEndAsync(running, next < targets.Length);
+            for (int i = running.Count - 1; i >= 0; i--)
+            {
+                Dial dial = running[i];
+                if (dial.Outcome!.IsCompleted)
+                {
+                    failure = await dial.Outcome;
+                    running.RemoveAt(i);
+                    if (failure is null)
+                    {
+                        running.ForEach(loser => loser.Socket.Close(0));
+                        return (dial, null);
+                    }
+                }
+            }
+        }
+
+        return (null, failure);
+    }
+
+    private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
+    {
+        if (running.Count > 0)
+        {
+            List<Task> ends = running.ConvertAll(Task (dial) => dial.Outcome!);
+            if (hasNext)
+            {
+                ends.Add(Task.Delay(AttemptDelay));
+            }
+
+            await Task.WhenAny(ends);
+        }
+    }
+
+    /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
+    internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
+    {
+        long started = Environment.TickCount64;
+        using Log silent = new(new LogSettings { Format = LogFormat.Off });
+        ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
+        UpstreamPool pool = new([address], settings, "", silent);
+        Sweep.Start([settings.Timeout]);
+        while (true)
+        {
+            using Connection connection = await pool.ConnectAsync(0);
+            connection.Socket?.Dispose();
+            if (connection.Failure is not { } failure)
+            {
+                return null;
+            }
+
+            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
+            {
+                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
+            }
+
+            await Task.Delay(WaitPause);
+        }
+    }
+}
+
+// == 8  BRIDGE ======================================================================================================
+// Owns the two sockets of a connection and the two pumps between them, from the moment both exist to the end:
+//
+//     Open ------ one side sends FIN (Finished) ------> HalfOpen ------ the other too (Finished) ------> Closed
+//       |                                                  |                                                ^
+//       +----- RST, an error, a timeout, the end of the process (Abort): both sides are reset --------------+
+//
+// A quota (--max-bytes-up, -down) ends its direction as a FIN would; the other may still answer, but not keep silent.
+
+internal sealed class BridgeSettings
+{
+    internal TimeSpan IdleTimeout { get; set; } // zero = off, here and below
+    internal TimeSpan FinTimeout { get; set; }
+    internal TimeSpan MaxLifetime { get; set; }
+    internal TimeSpan Keepalive { get; set; }
+    internal long MaxBytesUp { get; set; }
+    internal long MaxBytesDown { get; set; }
+    internal int BufferSize { get; set; }
+
+    /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
+    internal TimeSpan QuotaGrace =>
+        FinTimeout > TimeSpan.Zero && FinTimeout < TimeSpan.FromSeconds(1) ? FinTimeout : TimeSpan.FromSeconds(1);
+
+    internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
+}
+
+/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
+/// words. An orderly end closes with FIN, any other resets both sides.</summary>
+internal sealed class CloseReason(string code, string words, bool isOrderly = false, bool isWorthRetry = false)
+{
+    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
+    internal static readonly CloseReason ClientReset = new("CD", "client reset");
+    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
+    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
+    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
+    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
+    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
+    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
+    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
+    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason ConnectionLimit = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason InternalError = new("IC", "internal error");
+    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
+    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
+    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+    internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The failure is this server's, so another may do better.</summary>
+    internal bool IsWorthRetry { get; } = isWorthRetry;
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? InternalError
+        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
+        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
+        : new CloseReason("SC", Text.Reason(error), isWorthRetry: true);
+}
+
+internal sealed class Bridge : Watched
+{
+    private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
+    private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
+
+    private static long s_stopAllAt = long.MaxValue; // Environment.TickCount64
+
+    private readonly Socket _client; // owned; closed by Close
+    private readonly Socket? _upstream; // owned; closed by Close; null for the built-in servers
+    private readonly BridgeSettings _settings;
+    private readonly Pump _up;
+    private readonly Pump? _down; // null for the built-in servers: one pump is all they are
+    private readonly bool _isEcho;
+    private readonly long _startedAt = Environment.TickCount64;
+    private CloseReason? _reason; // rule 4
+    private int _references; // rule 3
+
+    // the sweep's own: nobody else touches them
+    private long _progress;
+    private long _quietSince = Environment.TickCount64;
+    private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
+    private bool _isProbed;
+
+    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings)
+    {
+        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.MaxBytesUp);
+        _down = upstream is null ? null : new Pump(upstream, client, settings.BufferSize, settings.MaxBytesDown);
+        _references = _down is null ? 1 : 2;
+        if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
+        {
+            client.NoDelay = true; // on Linux an accepted socket has it from its listener
+        }
+    }
+
+    internal long BytesUp => _up.Bytes;
+    internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
+
+    /// <summary>The end of the process: what still runs at <paramref name="time"/> (TickCount64) is aborted.</summary>
+    internal static void StopAllAt(long time)
+    {
+        Volatile.Write(ref s_stopAllAt, time);
+        Sweep.Wake();
+    }
+
+    /// <summary>Ends when both sides have ended, or either was aborted; then both sockets are closed.</summary>
+    internal async Task<CloseReason> RunAsync()
+    {
+        Sweep.Add(this);
+        Task up = RunAsync(_up);
+        if (_down is not null)
+        {
+            await RunAsync(_down);
+        }
+
+        await up;
+        return _reason!;
+    }
+
+    /// <summary>One direction to its end. An error has a culprit: the source when it was received from, else the
+    /// target.</summary>
+    private async Task RunAsync(Pump pump)
+    {
+        try
+        {
+            bool isQuota = await pump.RunAsync();
+            Finished(pump, isQuota);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            bool isClient = pump.Source == _client ^ pump.IsSending;
+            CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
+            if (pump.IsSending)
+            {
+                // what the target had sent before it went away may still wait to be received: its pump ends by itself
+                Interlocked.CompareExchange(ref _reason, reason, null);
+            }
+            else
+            {
+                Abort(reason);
+            }
+        }
+        finally
+        {
+            Release();
+        }
+    }
+
+    /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
+    private void Finished(Pump pump, bool isQuota)
+    {
+        if (isQuota)
+        {
+            Interlocked.CompareExchange(ref _reason, pump == _up ? CloseReason.QuotaUp : CloseReason.QuotaDown, null);
+        }
+
+        if (_reason is null or { IsOrderly: true })
+        {
+            try
+            {
+                pump.Target?.Shutdown(SocketShutdown.Send);
+            }
+            catch (SocketException)
+            {
+                // the target has gone; the other pump finds out why
+            }
+        }
+    }
+
+    private void Release()
+    {
+        if (Interlocked.Decrement(ref _references) == 0)
+        {
+            Abort(CloseReason.Done);
+            Sweep.Remove(this);
+        }
+    }
+
+    /// <summary>Closes both sockets for the first reason that was given; whatever pends on them ends.</summary>
+    private void Abort(CloseReason reason)
+    {
+        CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
+        Close(_client, first);
+        Close(_upstream, first);
+
+        static void Close(Socket? socket, CloseReason reason)
+        {
+            if (reason.IsOrderly)
+            {
+                socket?.Dispose();
+            }
+            else
+            {
+                socket?.Close(0); // linger zero: a reset
+            }
+        }
+    }
+
+    // ---- timeouts: called by the sweep, two to forty times a second
+
+    internal override void Check(long now)
+    {
+        if (now >= Volatile.Read(ref s_stopAllAt))
+        {
+            Abort(CloseReason.Shutdown);
+            return;
+        }
+
+        if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
+        {
+            Abort(CloseReason.MaxLifetime);
+            return;
+        }
+
+        try
+        {
+            Probe(now);
+            CheckProgress(now);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it has just been closed
+        }
+    }
+
+    private void Probe(long now)
+    {
+        if (!_isProbed && now - _startedAt >= ProbeAge)
+        {
+            _isProbed = true;
+            SocketOptions.Keepalive(_client, _settings.Keepalive);
+            SocketOptions.Keepalive(_upstream, _settings.Keepalive);
+        }
+    }
+
+    private void CheckProgress(long now)
+    {
+        long progress = BytesUp + BytesDown + Volatile.Read(ref _references);
+        if (progress != _progress)
+        {
+            (_progress, _quietSince, _unsent) = (progress, now, -1);
+            return;
+        }
+
+        long quiet = now - _quietSince;
+        if (quiet >= StalledFor)
+        {
+            CheckStalled(_up, CloseReason.ClientReset);
+            CheckStalled(_down, CloseReason.UpstreamReset);
+        }
+
+        (TimeSpan limit, CloseReason reason) = Limit();
+        if (limit == TimeSpan.Zero || quiet < limit.TotalMilliseconds / 2)
+        {
+            return;
+        }
+
+        // a slow reader takes long for what one send has left in the kernel's queue: that is progress too
+        long unsent = SocketOptions.Unsent(_client) + SocketOptions.Unsent(_upstream);
+        if (_unsent < 0)
+        {
+            _unsent = unsent;
+        }
+        else if (unsent != _unsent)
+        {
+            (_quietSince, _unsent) = (now, -1);
+        }
+        else if (quiet >= limit.TotalMilliseconds)
+        {
+            Abort(reason);
+        }
+    }
+
+    private (TimeSpan Limit, CloseReason Reason) Limit() =>
+        _reason is not null ? (_settings.QuotaGrace, _reason)
+        : _up.IsFinished ? (_settings.FinTimeout, CloseReason.UpstreamFinTimeout)
+        : _down is { IsFinished: true } ? (_settings.FinTimeout, CloseReason.ClientFinTimeout)
+        : (_settings.IdleTimeout, CloseReason.IdleTimeout);
+
+    /// <summary>A pump that cannot send does not receive, so nobody would notice that its source was reset.</summary>
+    private void CheckStalled(Pump? pump, CloseReason reason)
+    {
+        if (pump is { IsSending: true } && pump.Source.Poll(0, SelectMode.SelectError))
+        {
+            Abort(reason);
+        }
+    }
+}
+
+// == 9  PUMP ========================================================================================================
+// One direction of a bridge: receive, send, again. (6)
+//
+// A pump that waits for data holds no buffer, and yet no system call is spent on finding out whether there is data:
+// the memory given to ReceiveAsync is a ReceiveBuffer, which has an array only while somebody receives into it. Each
+// message costs a recv that finds nothing (the runtime's own first attempt), the recv that finds it, and a send.
+
+internal sealed class Pump(Socket source, Socket? target, int bufferSize, long quota)
+{
+    // A stream that never has to wait would keep its event loop to itself: after this many bytes it queues up again.
+    private const int Burst = 1 << 20;
+
+    private readonly ReceiveBuffer _buffer = new(bufferSize);
+    private long _left = quota == 0 ? long.MaxValue : quota;
+
+    internal Socket Source { get; } = source;
+    internal Socket? Target { get; } = target; // null: what comes is dropped
+    internal long Bytes { get; private set; }
+
+    /// <summary>It waits for the target, not for the source.</summary>
+    internal bool IsSending { get; private set; }
+    internal bool IsFinished { get; private set; }
+
+    /// <summary>False at the end of the source, true at the end of the quota.</summary>
+    /// <exception cref="SocketException">the source when not <see cref="IsSending"/>, else the target, has failed</exception>
+    internal async Task<bool> RunAsync()
+    {
+        try
+        {
+            bool isQuota = await CopyAsync();
+            IsFinished = true;
+            return isQuota;
+        }
+        finally
+        {
+            _buffer.GiveBack();
+        }
+    }
+
+    private async Task<bool> CopyAsync()
+    {
+        int burst = 0;
+        while (true)
+        {
+            ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(_left), SocketFlags.None);
+            if (!receiving.IsCompleted)
+            {
+                _buffer.GiveBackWhileWaiting();
+                burst = 0;
+            }
+
+            int length = await receiving;
+            if (length == 0)
+            {
+                return false;
+            }
+
+            if (Target is not null)
+            {
+                IsSending = true;
+                await Target.SendAsync(_buffer.Received(length), SocketFlags.None); // all of it: it is a stream
+                IsSending = false;
+            }
+
+            Bytes += length;
+            _left -= length;
+            if (_left == 0)
+            {
+                return true;
+            }
+
+            if ((burst += length) >= Burst)
+            {
+                burst = 0;
+                await Task.Yield();
+            }
+        }
+    }
+}
+
+/// <summary>The buffer of a pump: memory that rents its array when it is received into. While a receive waits, the
+/// array is given back, and the event loop's attempt, which asks for the span anew, rents another.
+/// <para>The owner (the pump) and the loop meet only there: between the moment that the receive is queued and the
+/// moment that the owner gives the array back, the loop may already be receiving into it. So both claim it with one
+/// CompareExchange: the loop from Held to InUse, the owner from Held to Returned.</para></summary>
+internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
+{
+    private const int Held = 0;
+    private const int InUse = 1;
+    private const int Returned = 2; // _array is stale
+
+    private byte[]? _array; // owned; rule 2
+    private int _state;
+    private int _owner; // the thread that calls ReceiveAsync: its own first attempt needs no claim
+
+    /// <summary>The memory to receive at most <paramref name="most"/> bytes into.</summary>
+    internal Memory<byte> ForReceive(long most)
+    {
+        if (_state == Returned)
+        {
+            _array = null; // the last receive ended without an attempt
+        }
+
+        _owner = Environment.CurrentManagedThreadId;
+        Volatile.Write(ref _state, Held);
+        return CreateMemory((int)Math.Min(size, most));
+    }
+
+    internal ReadOnlyMemory<byte> Received(int length) => _array.AsMemory(0, length);
+
+    /// <summary>The receive is queued: unless the event loop is at it already, it needs no array until it is.</summary>
+    internal void GiveBackWhileWaiting()
+    {
+        byte[]? array = _array;
+        if (Interlocked.CompareExchange(ref _state, Returned, Held) == Held && array is not null)
+        {
+            ArrayPool<byte>.Shared.Return(array);
+        }
+    }
+
+    /// <summary>No receive is pending, and none will be.</summary>
+    internal void GiveBack()
+    {
+        if (_state != Returned && _array is not null)
+        {
+            ArrayPool<byte>.Shared.Return(_array);
+        }
+
+        (_array, _state) = (null, Held);
+    }
+
+    public override Span<byte> GetSpan()
+    {
+        int state = Environment.CurrentManagedThreadId == _owner ? _state
+            : Interlocked.CompareExchange(ref _state, InUse, Held);
+        if (state == Returned || _array is null)
+        {
+            _array = ArrayPool<byte>.Shared.Rent(size);
+            if (state == Returned)
+            {
+                _state = InUse;
+            }
+        }
+
+        return _array;
+    }
+
+    /// <summary>Where the operating system writes into memory later on (Windows), the array stays until it has.</summary>
+    public override MemoryHandle Pin(int elementIndex = 0)
+    {
+        GetSpan();
+        Volatile.Write(ref _state, InUse);
+        return _array.AsMemory(elementIndex).Pin();
+    }
+
+    public override void Unpin()
+    {
+        // the handle that Pin returned is the array's own
+    }
+
+    protected override void Dispose(bool disposing) => GiveBack();
+}
+
+// == 10  OBSERVE ====================================================================================================
+// Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
+// writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
+// counted, and the count is said when the reader is back.
+
+internal enum LogFormat
+{
+    Text,
+    Json,
+    Off,
+}
+
+internal enum LogLevel
+{
+    Debug,
+    Info,
+    Warn,
+    Error,
+}
+
+internal sealed class LogSettings
+{
+    internal LogFormat Format { get; set; }
+    internal string? File { get; set; } // null = stderr
+    internal LogLevel Level { get; set; }
+}
+
+/// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
+internal abstract class LogLine(LogLevel level, string name)
+{
+    private DateTime _time;
+
+    internal LogLevel Level { get; } = level;
+
+    internal void Stamp() => _time = DateTime.UtcNow;
+
+    internal void Format(LogText text)
+    {
+        text.Begin();
+        text.Add("time", Text.Of(_time));
+        text.Add("level", Level switch
+        {
+            LogLevel.Debug => "debug",
+            LogLevel.Info => "info",
+            LogLevel.Warn => "warn",
+            _ => "error",
+        });
+        text.Add("event", name);
+        AddKeys(text);
+        text.End();
+    }
+
+    protected abstract void AddKeys(LogText text);
+}
+
+internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+{
+    protected override void AddKeys(LogText text)
+    {
+        if (route is not null)
+        {
+            text.Add("route", route);
+        }
+
+        if (message.Length > 0)
+        {
+            text.Add("message", message);
+        }
+    }
+}
+
+internal sealed class ListeningLine(string route, string listen, string upstream) : LogLine(LogLevel.Info, "listening")
+{
+    protected override void AddKeys(LogText text)
+    {
+        text.Add("route", route);
+        text.Add("listen", listen);
+        text.Add("upstream", upstream);
+    }
+}
+
+/// <summary>The life of one connection, filled in as it goes.</summary>
+internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(LogLevel.Info, "connection")
+{
+    private readonly long _startedAt = Stopwatch.GetTimestamp();
+    private EndPoint? _server;
+    private long _connectTime = -1; // ms, as below; -1 = never connected
+    private long _duration;
+    private string _end = "";
+    private string _reason = "";
+
+    internal string? Upstream { get; set; }
+    internal long BytesUp { get; set; }
+    internal long BytesDown { get; set; }
+
+    internal void Connected(EndPoint? server)
+    {
+        _server = server;
+        _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+    }
+
+    internal void Ended(string end, string reason)
+    {
+        (_end, _reason) = (end, reason);
+        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+    }
+
+    protected override void AddKeys(LogText text)
+    {
+        text.Add("route", route);
+        text.Add("client", Text.Of(client));
+        text.Add("upstream", Upstream ?? "-");
+        text.Add("server", Text.Of(_server));
+        text.Add("connect_ms", _connectTime);
+        text.Add("duration_ms", _duration);
+        text.Add("bytes_up", BytesUp);
+        text.Add("bytes_down", BytesDown);
+        text.Add("end", _end);
+        text.Add("reason", _reason);
+    }
+}
+
+/// <summary>Lines as bytes: logfmt, or JSON with the same keys.</summary>
+internal sealed class LogText(bool isJson)
+{
+    private byte[] _bytes = new byte[1024];
+    private int _length;
+    private bool _isFirst;
+
+    internal ReadOnlySpan<byte> Bytes => _bytes.AsSpan(0, _length);
+
+    internal void Clear() => _length = 0;
+
+    internal void Begin()
+    {
+        _isFirst = true;
+        Append(isJson ? "{" : "");
+    }
+
+    internal void End() => Append(isJson ? "}\n" : "\n");
+
+    internal void Add(string key, string value)
+    {
+        Key(key);
+        bool isPlain = !isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
+            && value.AsSpan().IndexOfAny('"', '=', '\\') < 0;
+        Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
+    }
+
+    internal void Add(string key, long value)
+    {
+        Key(key);
+        Append(value.ToString(CultureInfo.InvariantCulture));
+    }
+
+    private void Key(string key)
+    {
+        Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
+        Append(key);
+        Append(isJson ? "\":" : "=");
+        _isFirst = false;
+    }
+
+    private void Append(string text)
+    {
+        int most = Encoding.UTF8.GetMaxByteCount(text.Length);
+        if (_length + most > _bytes.Length)
+        {
+            Array.Resize(ref _bytes, Math.Max(2 * _bytes.Length, _length + most));
+        }
+
+        _length += Encoding.UTF8.GetBytes(text, _bytes.AsSpan(_length));
+    }
+}
+
+internal sealed class Log : IDisposable
+{
+    private const int QueueLength = 8192; // lines; about two megabytes when full
+    private const int Gather = 10; // ms: the writer wakes once for what comes within this time
+    private const int Chunk = 32 << 10; // bytes written at once
+
+    private readonly LogSettings _settings;
+    private readonly Queue<LogLine> _queue = []; // under itself, as all below it
+    private bool _isWaiting; // the writer, for a first line
+    private bool _isStopping;
+    private long _dropped;
+    private SafeFileHandle? _file; // owned; disposed by the writer; null = stderr
+    private Thread? _writer;
+
+    internal Log(LogSettings settings) => _settings = settings;
+
+    public void Dispose() => Stop(0);
+
+    /// <exception cref="IOException">the file cannot be opened</exception>
+    internal void Start()
+    {
+        if (_settings.Format == LogFormat.Off)
+        {
+            return;
+        }
+
+        try
+        {
+            _file = _settings.File is not { } file ? null
+                : File.OpenHandle(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--log-file: cannot open {_settings.File}: {Text.Reason(e)}");
+        }
+
+        _writer = new Thread(WriteAll, 128 << 10) { IsBackground = true, Name = "log" };
+        _writer.Start();
+    }
+
+    /// <summary>Lets the writer write what is queued, for up to <paramref name="patience"/> milliseconds.</summary>
+    internal void Stop(int patience)
+    {
+        lock (_queue)
+        {
+            _isStopping = true;
+            Monitor.Pulse(_queue);
+        }
+
+        _writer?.Join(patience);
+    }
+
+    internal void Event(LogLevel level, string name, string message, string? route = null) =>
+        Write(new MessageLine(level, name, route, message));
+
+    internal void Listening(string route, string listen, string upstream) =>
+        Write(new ListeningLine(route, listen, upstream));
+
+    internal void Connection(ConnectionLine line) => Write(line);
+
+    private void Write(LogLine line)
+    {
+        if (line.Level < _settings.Level || _writer is null)
+        {
+            return;
+        }
+
+        line.Stamp();
+        lock (_queue)
+        {
+            if (_queue.Count == QueueLength)
+            {
+                _dropped++;
+                return;
+            }
+
+            _queue.Enqueue(line);
+            if (_isWaiting)
+            {
+                _isWaiting = false;
+                Monitor.Pulse(_queue);
+            }
+        }
+    }
+
+    // ---- the writer
+
+    private void WriteAll()
+    {
+        LogText text = new(_settings.Format == LogFormat.Json);
+        List<LogLine> lines = [];
+        while (Take(lines))
+        {
+            foreach (LogLine line in lines)
+            {
+                line.Format(text);
+                if (text.Bytes.Length >= Chunk)
+                {
+                    WriteOut(text);
+                }
+            }
+
+            WriteOut(text);
+            lines.Clear();
+        }
+
+        _file?.Dispose();
+    }
+
+    /// <summary>Waits for lines and takes them; false when there are none and none will come.</summary>
+    private bool Take(List<LogLine> lines)
+    {
+        lock (_queue)
+        {
+            while (_queue.Count == 0 && !_isStopping)
+            {
+                _isWaiting = true;
+                Monitor.Wait(_queue);
+            }
+
+            if (!_isStopping)
+            {
+                Monitor.Wait(_queue, Gather); // nobody pulses now but Stop
+            }
+
+            lines.AddRange(_queue);
+            _queue.Clear();
+            if (_dropped > 0)
+            {
+                lines.Add(new MessageLine(LogLevel.Warn, "log", null,
+                    $"{Text.Count(_dropped, "line")} dropped: the reader of the log is too slow"));
+                lines[^1].Stamp();
+                _dropped = 0;
+            }
+
+            return lines.Count > 0;
+        }
+    }
+
+    private void WriteOut(LogText text)
+    {
+        try
+        {
+            if (_file is null)
+            {
+                StandardStream.TryWrite(StandardStream.Error, text.Bytes);
+            }
+            else
+            {
+                RandomAccess.Write(_file, text.Bytes, RandomAccess.GetLength(_file)); // at its end, though truncated
+            }
+        }
+        catch (IOException)
+        {
+            // the disk is full: traffic goes on without a log
+        }
+
+        text.Clear();
+    }
+}
+
+// == 11  PLATFORM ===================================================================================================
+// What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
+// settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
+// missing, the portable path serves.
+
+/// <summary>Something with timeouts.</summary>
+internal abstract class Watched
+{
+    internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
+
+    /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed.</summary>
+    internal abstract void Check(long now);
+}
+
+/// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
+/// as often as an eighth of the shortest timeout, and not at all while there is nothing to look at.</summary>
+internal static class Sweep
+{
+    private const int Shortest = 25; // ms between two looks
+    private const int Longest = 500;
+
+    private static readonly Lock s_gate = new();
+    private static readonly AutoResetEvent s_wake = new(false);
+    private static Watched[] s_watched = new Watched[64];
+    private static int s_count;
+    private static bool s_isAsleep;
+    private static int s_interval;
+
+    internal static void Start(IEnumerable<TimeSpan> bounds)
+    {
+        double least = Longest * 8;
+        foreach (TimeSpan bound in bounds)
+        {
+            least = bound > TimeSpan.Zero ? Math.Min(least, bound.TotalMilliseconds) : least;
+        }
+
+        s_interval = Math.Max(Shortest, (int)least / 8);
+        new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
+    }
+
+    internal static void Add(Watched watched)
+    {
+        lock (s_gate)
+        {
+            if (s_count == s_watched.Length)
+            {
+                Array.Resize(ref s_watched, 2 * s_count);
+            }
+
+            watched.Place = s_count;
+            s_watched[s_count++] = watched;
+            if (s_isAsleep)
+            {
+                s_isAsleep = false;
+                s_wake.Set();
+            }
+        }
+    }
+
+    internal static void Remove(Watched watched)
+    {
+        lock (s_gate)
+        {
+            if (watched.Place >= 0)
+            {
+                Watched last = s_watched[--s_count];
+                s_watched[last.Place = watched.Place] = last;
+                s_watched[s_count] = null!;
+                watched.Place = -1;
+            }
+        }
+    }
+
+    internal static void Wake() => s_wake.Set();
+
+    private static void Run()
+    {
+        Watched[] seen = [];
+        while (true)
+        {
+            s_wake.WaitOne(IsEmpty() ? Timeout.Infinite : s_interval);
+            int count;
+            lock (s_gate)
+            {
+                count = s_count;
+                seen = seen.Length < count ? new Watched[s_watched.Length] : seen;
+                Array.Copy(s_watched, seen, count);
+            }
+
+            long now = Environment.TickCount64;
+            foreach (Watched watched in seen.AsSpan(0, count))
+            {
+                watched.Check(now);
+            }
+
+            Array.Clear(seen, 0, count);
+        }
+    }
+
+    private static bool IsEmpty()
+    {
+        lock (s_gate)
+        {
+            return s_isAsleep = s_count == 0;
+        }
+    }
+}
+
+internal static class EventLoop
+{
+    /// <summary>Must come before the first socket: the runtime reads these once. Inline completions make one epoll
+    /// loop a processor with no hop to the thread pool; that is why nothing may block in a continuation (rule 6).</summary>
+    internal static void Configure(int threads)
+    {
+        Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_INLINE_COMPLETIONS", "1");
+        if (threads > 0)
+        {
+            Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_THREAD_COUNT", Text.Of(threads));
+        }
+    }
+}
+
+/// <summary>stdout and stderr. A native executable calls write(2): System.Console would bring the terminal database
+/// and the encodings along (0.2 MB).</summary>
+internal static class StandardStream
+{
+    internal const int Output = 1;
+    internal const int Error = 2;
+
+    /// <summary>False when nobody reads it, or its disk is full.</summary>
+    internal static bool TryWrite(int stream, ReadOnlySpan<byte> bytes)
+    {
+        if (!OperatingSystem.IsLinux() || RuntimeFeature.IsDynamicCodeSupported)
+        {
+            return TryWriteConsole(stream, bytes);
+        }
+
+        while (bytes.Length > 0)
+        {
+            nint written = Libc.Write(stream, in MemoryMarshal.GetReference(bytes), (nuint)bytes.Length);
+            if (written <= 0 && Marshal.GetLastPInvokeError() != Libc.Eintr)
+            {
+                return false;
+            }
+
+            bytes = bytes[(int)Math.Max(written, 0)..];
+        }
+
+        return true;
+    }
+
+    private static bool TryWriteConsole(int stream, ReadOnlySpan<byte> bytes)
+    {
+        try
+        {
+            using Stream console = stream == Output ? Console.OpenStandardOutput() : Console.OpenStandardError();
+            console.Write(bytes);
+            return true;
+        }
+        catch (IOException)
+        {
+            return false;
+        }
+    }
+}
+
+internal static class SocketErrors
+{
+    /// <summary>The socket was closed by this process.</summary>
+    internal static bool IsAborted(Exception e) => e is SocketException
+    {
+        SocketErrorCode: SocketError.OperationAborted or SocketError.Interrupted
+            or SocketError.InvalidArgument or SocketError.NotSocket
+    };
+
+    /// <summary>EMFILE, ENFILE, ENOBUFS, ENOMEM.</summary>
+    internal static bool IsExhausted(SocketError error) =>
+        error is SocketError.TooManyOpenSockets or SocketError.NoBufferSpaceAvailable;
+}
+
+internal static class SocketOptions
+{
+    private const int ProbeCount = 3;
+
+    /// <summary>What accepted sockets inherit on Linux.</summary>
+    internal static void Listener(Socket socket) => socket.NoDelay = true;
+
+    internal static void Keepalive(Socket? socket, TimeSpan time)
+    {
+        if (socket is null || time <= TimeSpan.Zero || socket.AddressFamily == AddressFamily.Unix)
+        {
+            return;
+        }
+
+        int seconds = Math.Max(1, (int)Math.Min(time.TotalSeconds, 32767)); // the kernel's limit
+        socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveTime, seconds);
+        socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveInterval, Math.Max(1, seconds / 4));
+        socket.SetSocketOption(SocketOptionLevel.Tcp, SocketOptionName.TcpKeepAliveRetryCount, ProbeCount);
+        socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.KeepAlive, true);
+    }
+
+    /// <summary>Binds to a local address and leaves the choice of the port to connect(), so that a port can serve
+    /// several destinations at once (Linux ip(7), IP_BIND_ADDRESS_NO_PORT).</summary>
+    internal static void BindSource(Socket socket, IPAddress? source)
+    {
+        const int SolIp = 0;
+        const int IpBindAddressNoPort = 24;
+        if (source is not null)
+        {
+            if (OperatingSystem.IsLinux())
+            {
+                socket.SetRawSocketOption(SolIp, IpBindAddressNoPort, [1, 0, 0, 0]);
+            }
+
+            socket.Bind(new IPEndPoint(source, 0));
+        }
+    }
+
+    /// <summary>Bytes in the send queue that the peer has not acknowledged; 0 where the system does not tell.</summary>
+    internal static int Unsent(Socket? socket)
+    {
+        const int SiocOutq = 0x5411; // Linux tcp(7)
+        int unsent = 0;
+        return socket is not null && Libc.IsThere && Libc.Ioctl((int)socket.Handle, SiocOutq, ref unsent) == 0 ? unsent : 0;
+    }
+}
+
+internal static class Descriptors
+{
+    private const int First = 3; // SD_LISTEN_FDS_START of sd_listen_fds(3)
+
+    /// <summary>How many this process may have open.</summary>
+    internal static long Limit =>
+        Libc.IsThere && Libc.GetLimit(Libc.RlimitNofile, out Libc.Limit limit) == 0 ? (long)limit.Soft : 0;
+
+    /// <summary>The soft limit is for programs that select(2); the hard one is what the administrator allows.</summary>
+    internal static void RaiseLimit()
+    {
+        if (Libc.IsThere && Libc.GetLimit(Libc.RlimitNofile, out Libc.Limit limit) == 0 && limit.Soft < limit.Hard)
+        {
+            limit.Soft = limit.Hard;
+            _ = Libc.SetLimit(Libc.RlimitNofile, in limit); // best effort
+        }
+    }
+
+    /// <summary>fd:N is that descriptor; fd:NAME all of that name, as systemd hands them over (sd_listen_fds(3)).</summary>
+    /// <exception cref="IOException">there is none of that name</exception>
+    internal static int[] Inherited(string name)
+    {
+        if (int.TryParse(name, NumberStyles.None, CultureInfo.InvariantCulture, out int descriptor))
+        {
+            return [descriptor];
+        }
+
+        bool isOurs = Environment.GetEnvironmentVariable("LISTEN_PID") == Text.Of(Environment.ProcessId);
+        string[] names = isOurs ? (Environment.GetEnvironmentVariable("LISTEN_FDNAMES") ?? "").Split(':') : [];
+        List<int> found = [];
+        for (int i = 0; i < names.Length; i++)
+        {
+            if (names[i] == name)
+            {
+                found.Add(First + i);
+            }
+        }
+
+        return found.Count > 0 ? [.. found] : throw new IOException(isOurs
+            ? $"no descriptor of that name was passed, only '{string.Join("', '", names)}'"
+            : "no descriptors were passed (LISTEN_PID, LISTEN_FDNAMES); is this started by socket activation?");
+    }
+}
+
+/// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
+/// (DirectPInvoke in TcpProxy.csproj).</summary>
+internal static partial class Libc
+{
+    internal const int RlimitNofile = 7;
+    internal const int Eintr = 4;
+
+    /// <summary>The numbers above and below are Linux's, on x64 and arm64.</summary>
+    internal static bool IsThere { get; } =
+        OperatingSystem.IsLinux() && Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") != "1";
+
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct Limit
+    {
+        internal ulong Soft;
+        internal ulong Hard;
+    }
+
+    [LibraryImport("libc", EntryPoint = "getrlimit")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int GetLimit(int resource, out Limit limit);
+
+    [LibraryImport("libc", EntryPoint = "setrlimit")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SetLimit(int resource, in Limit limit);
+
+    [LibraryImport("libc", EntryPoint = "write", SetLastError = true)]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial nint Write(int descriptor, in byte bytes, nuint count);
+
+    [LibraryImport("libc", EntryPoint = "ioctl")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Ioctl(int descriptor, nuint request, ref int value);
+}
+
+internal enum AddressKind
+{
+    Tcp,
+    Loopback, // a bare port
+    Unix,
+    Descriptor,
+    Echo,
+    Discard,
+}
+
+/// <summary>Ports P1 to P2 at one host.</summary>
+internal abstract class Address(string text, AddressKind kind, string host, int port, int lastPort)
+{
+    internal const int HighestPort = 65535;
+
+    internal string Text { get; } = text; // as it was written
+    internal AddressKind Kind { get; } = kind;
+    internal string Host { get; } = host; // or the path, or the descriptor's number or name; "" = all interfaces
+    internal int PortCount => lastPort - port + 1;
+
+    public override string ToString() => Text;
+
+    /// <summary>The port at a place in the range; a single port stands for all.</summary>
+    internal int PortAt(int index) => PortCount == 1 ? port : port + index;
+
+    /// <summary>HOST:PORT, [v6]:PORT or HOST:P1-P2 to its parts.</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    protected static (string Host, int Port, int LastPort) Split(string text, bool isListen)
+    {
+        int colon = text.LastIndexOf(':');
+        if (colon < 0)
+        {
+            throw new FormatException($"'{text}' has no port; an address is HOST:PORT");
+        }
+
+        string host = text[..colon];
+        if (host is ['[', .., ']'])
+        {
+            host = host[1..^1];
+            if (!IPAddress.TryParse(host, out IPAddress? v6) || v6.AddressFamily != AddressFamily.InterNetworkV6)
+            {
+                throw new FormatException($"'{host}' is not an IPv6 address");
+            }
+        }
+        else if (host.Contains(':', StringComparison.Ordinal))
+        {
+            throw new FormatException(IPAddress.TryParse(text, out _)
+                ? $"'{text}' has no port; with one it is written '[{text}]:PORT'"
+                : $"'{text}' is not an address; an IPv6 address is written '[{host}]{text[colon..]}'");
+        }
+        else if (host.Length > 0 && !(isListen && host == "*"))
+        {
+            CheckHost(host);
+        }
+
+        (int first, int last) = Ports(text[(colon + 1)..], text, isListen);
+        return (host == "*" ? "" : host, first, last);
+    }
+
+    protected static (int First, int Last) Ports(string ports, string text, bool isListen)
+    {
+        int dash = ports.IndexOf('-', StringComparison.Ordinal);
+        int first = Port(dash < 0 ? ports : ports[..dash]);
+        int last = dash < 0 ? first : Port(ports[(dash + 1)..]);
+        return last >= first && (first > 0 || last == 0) ? (first, last)
+            : throw new FormatException($"'{text}': the range {ports} does not go upward from a port above 0");
+
+        int Port(string digits) =>
+            !TcpProxy.Text.IsDigits(digits) || digits.Length > 5
+                ? throw new FormatException(digits.Length == 0 ? $"'{text}' has no port" : $"'{text}': '{digits}' is not a port")
+            : int.Parse(digits, CultureInfo.InvariantCulture) is int port && port > HighestPort
+                ? throw new FormatException($"'{text}': port {port} is above {HighestPort}")
+            : port == 0 && !isListen ? throw new FormatException($"'{text}': nothing can be reached at port 0")
+            : port;
+    }
+
+    private static void CheckHost(string host)
+    {
+        foreach (char c in host)
+        {
+            if (!char.IsLetterOrDigit(c) && c is not ('.' or '-' or '_'))
+            {
+                throw new FormatException($"'{host}' is not a host name or IP address");
+            }
+        }
+
+        if (TcpProxy.Text.IsOf(host, '.') && (!IPAddress.TryParse(host, out _) || host.Split('.').Length != 4))
+        {
+            throw new FormatException($"'{host}' is not an IPv4 address");
+        }
+    }
+
+    /// <summary>The rest of <paramref name="text"/> after a prefix such as unix: or null.</summary>
+    protected static string? After(string prefix, string text, string what) =>
+        !text.StartsWith(prefix, StringComparison.Ordinal) ? null
+        : text.Length > prefix.Length ? text[prefix.Length..]
+        : throw new FormatException($"'{text}' has no {what}");
+
+    protected static bool IsPorts(string text) =>
+        text.Length > 0 && char.IsAsciiDigit(text[0]) && TcpProxy.Text.IsOf(text, '-');
+}
+
+internal sealed class ListenAddress : Address
+{
+    private ListenAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
+        : base(text, kind, host, port, lastPort)
+    {
+    }
+
+    /// <exception cref="FormatException">it is no listen address</exception>
+    internal static ListenAddress Parse(string text)
+    {
+        if (After("unix:", text, "path") is { } path)
+        {
+            return new(text, AddressKind.Unix, path);
+        }
+
+        if (After("fd:", text, "number or name") is { } descriptor)
+        {
+            return new(text, AddressKind.Descriptor, descriptor);
+        }
+
+        if (IsPorts(text))
+        {
+            (int first, int last) = Ports(text, text, isListen: true);
+            return new(text, AddressKind.Loopback, "", first, last);
+        }
+
+        (string host, int port, int lastPort) = Split(text, isListen: true);
+        return new(text, AddressKind.Tcp, host, port, lastPort);
+    }
+}
+
+internal sealed class UpstreamAddress : Address
+{
+    private UpstreamAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
+        : base(text, kind, host, port, lastPort)
+    {
+    }
+
+    /// <exception cref="FormatException">it is no upstream address</exception>
+    internal static UpstreamAddress Parse(string text)
+    {
+        if (text is "echo" or "discard")
+        {
+            return new(text, text == "echo" ? AddressKind.Echo : AddressKind.Discard, "");
+        }
+
+        if (After("unix:", text, "path") is { } path)
+        {
+            return new(text, AddressKind.Unix, path);
+        }
+
+        if (IsPorts(text))
+        {
+            (int first, int last) = Ports(text, text, isListen: false);
+            return new(text, AddressKind.Tcp, "localhost", first, last);
+        }
+
+        if (TcpProxy.Text.Nearest(text, "echo", "discard") is { } near && !text.Contains(':', StringComparison.Ordinal))
+        {
+            throw new FormatException($"'{text}' has no port; an address is HOST:PORT; did you mean '{near}'?");
+        }
+
+        (string host, int port, int lastPort) = Split(text, isListen: false);
+        return host.Length > 0 ? new(text, AddressKind.Tcp, host, port, lastPort)
+            : throw new FormatException($"'{text}' has no host; for this machine write '{text[1..]}'");
+    }
+}
+
+/// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>
+internal static class Units
+{
+    private static readonly string[] s_suffixes = ["d", "h", "m", "s", "ms"];
+    private static readonly long[] s_milliseconds = [86_400_000, 3_600_000, 60_000, 1000, 1];
+
+    private const long Longest = 10_000L * 86_400_000; // ms
+
+    /// <exception cref="FormatException">it is no time</exception>
+    internal static TimeSpan ParseTime(string text)
+    {
+        int digits = 0;
+        while (digits < text.Length && char.IsAsciiDigit(text[digits]))
+        {
+            digits++;
+        }
+
+        int unit = Array.IndexOf(s_suffixes, digits == text.Length ? "s" : text[digits..]);
+        if (text != "off" && (unit < 0 || digits == 0))
+        {
+            throw new FormatException($"'{text}' is not a time; write 500ms, 5s, 10m, 1h, 7d or off");
+        }
+
+        return text == "off" ? TimeSpan.Zero
+            : long.TryParse(text.AsSpan(0, digits), out long value) && value <= Longest / s_milliseconds[unit]
+                ? TimeSpan.FromMilliseconds(value * s_milliseconds[unit])
+            : throw new FormatException($"'{text}' is too long; at most {Text(TimeSpan.FromMilliseconds(Longest))}, or off");
+    }
+
+    /// <summary>The shortest way to write a time.</summary>
+    internal static string Text(TimeSpan time)
+    {
+        long milliseconds = (long)time.TotalMilliseconds;
+        int unit = Array.FindIndex(s_milliseconds, unit => milliseconds % unit == 0);
+        return $"{milliseconds / s_milliseconds[unit]}{s_suffixes[unit]}";
+    }
+
+    /// <exception cref="FormatException">it is no size, or not between the bounds</exception>
+    internal static long ParseSize(string text, long least = 0, long most = 1L << 60)
+    {
+        int shift = text.Length == 0 ? 0 : char.ToLowerInvariant(text[^1]) switch
+        {
+            'k' => 10,
+            'm' => 20,
+            'g' => 30,
+            _ => 0,
+        };
+        string digits = shift == 0 ? text : text[..^1];
+        if (text == "off")
+        {
+            digits = "0";
+        }
+
+        if (!long.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture, out long value))
+        {
+            throw new FormatException($"'{text}' is not a size; write 512, 64k, 10m or 1g"
+                + (least == 0 ? ", or off" : ""));
+        }
+
+        return value <= most >> shift && value << shift >= least ? value << shift
+            : throw new FormatException($"'{text}' is not between {Size(least)} and {Size(most)}");
+    }
+
+    /// <exception cref="FormatException">it is no count, or not between the bounds</exception>
+    internal static int ParseCount(string text, int least = 0, int most = int.MaxValue)
+    {
+        if (!int.TryParse(text == "off" ? "0" : text, NumberStyles.None, CultureInfo.InvariantCulture, out int value))
+        {
+            throw new FormatException($"'{text}' is not a number");
+        }
+
+        return value >= least && value <= most ? value
+            : throw new FormatException($"'{text}' is not between {least} and {most}");
+    }
+
+    private static string Size(long bytes) =>
+        bytes >= 1 << 30 && bytes % (1 << 30) == 0 ? $"{bytes >> 30}g"
+        : bytes >= 1 << 20 && bytes % (1 << 20) == 0 ? $"{bytes >> 20}m" : $"{bytes}";
+}
+
+internal static class Text
+{
+    internal static bool IsDigits(string text) => text.Length > 0 && text.AsSpan().IndexOfAnyExceptInRange('0', '9') < 0;
+
+    /// <summary>Digits and <paramref name="mark"/>, nothing else.</summary>
+    internal static bool IsOf(string text, char mark) => IsDigits(text.Replace($"{mark}", "", StringComparison.Ordinal));
+
+    internal static string Of(long number) => number.ToString(CultureInfo.InvariantCulture);
+
+    /// <summary>RFC 3339 with milliseconds. By hand: DateTime's own formatting brings the time zones along (0.2 MB).</summary>
+    internal static string Of(DateTime utc)
+    {
+        Span<char> text = stackalloc char[24];
+        "0000-00-00T00:00:00.000Z".CopyTo(text);
+        Put(text[..4], utc.Year);
+        Put(text[5..7], utc.Month);
+        Put(text[8..10], utc.Day);
+        Put(text[11..13], utc.Hour);
+        Put(text[14..16], utc.Minute);
+        Put(text[17..19], utc.Second);
+        Put(text[20..23], utc.Millisecond);
+        return new string(text);
+
+        static void Put(Span<char> digits, int number)
+        {
+            for (int i = digits.Length - 1; i >= 0; i--, number /= 10)
+            {
+                digits[i] = (char)('0' + (number % 10));
+            }
+        }
+    }
+
+    /// <summary>An end point as people write it: IPv4 without the IPv6 around it, "-" for none.</summary>
+    internal static string Of(EndPoint? endPoint) => endPoint switch
+    {
+        IPEndPoint ip => (ip.Address.IsIPv4MappedToIPv6 ? new IPEndPoint(ip.Address.MapToIPv4(), ip.Port) : ip).ToString(),
+        UnixDomainSocketEndPoint unix => $"unix:{unix}",
+        _ => "-",
+    };
+
+    internal static string Count(long number, string thing) => $"{Of(number)} {thing}{(number == 1 ? "" : "s")}";
+
+    internal static string NotEmpty(string text, string what) =>
+        text.Length > 0 ? text : throw new FormatException($"an empty {what}");
+
+    /// <summary>What went wrong, as the operating system's users know it.</summary>
+    internal static string Reason(Exception e) => e switch
+    {
+        SocketException { SocketErrorCode: SocketError.ConnectionRefused } => "connection refused",
+        SocketException { SocketErrorCode: SocketError.AddressAlreadyInUse } => "address already in use",
+        SocketException { SocketErrorCode: SocketError.AddressNotAvailable } => "no such address on this machine",
+        SocketException { SocketErrorCode: SocketError.NetworkUnreachable } => "network unreachable",
+        SocketException { SocketErrorCode: SocketError.HostUnreachable } => "host unreachable",
+        SocketException { SocketErrorCode: SocketError.HostNotFound or SocketError.NoData } => "name not resolved",
+        SocketException { SocketErrorCode: SocketError.TryAgain } => "name server does not answer",
+        SocketException { SocketErrorCode: SocketError.AccessDenied } or UnauthorizedAccessException => "permission denied",
+        FileNotFoundException or DirectoryNotFoundException => "no such file or directory",
+        _ => e.Message.Length > 0 ? e.Message.TrimEnd('.') : e.GetType().Name,
+    };
+
+    /// <summary>The candidate that was probably meant, or null.</summary>
+    internal static string? Nearest(string word, params string[] candidates)
+    {
+        string? nearest = null;
+        int least = Math.Min(3, (word.Length + 2) / 3) + 1; // a third of its letters may be wrong
+        foreach (string candidate in candidates)
+        {
+            bool isStart = word.Length >= 3 && candidate.StartsWith(word, StringComparison.OrdinalIgnoreCase);
+            int distance = isStart ? 1 : Distance(word, candidate);
+            if (distance < least)
+            {
+                (nearest, least) = (candidate, distance);
+            }
+        }
+
+        return nearest;
+    }
+
+    /// <summary>Levenshtein's.</summary>
+    private static int Distance(string a, string b)
+    {
+        if (Math.Abs(a.Length - b.Length) > 3)
+        {
+            return int.MaxValue; // also keeps a huge word from costing much
+        }
+
+        int[] row = new int[b.Length + 1];
+        for (int j = 0; j <= b.Length; j++)
+        {
+            row[j] = j;
+        }
+
+        for (int i = 1; i <= a.Length; i++)
+        {
+            int diagonal = row[0];
+            row[0] = i;
+            for (int j = 1; j <= b.Length; j++)
+            {
+                int change = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+                diagonal = row[j];
+                row[j] = Math.Min(change, Math.Min(row[j], row[j - 1]) + 1);
+            }
+        }
+
+        return row[b.Length];
+    }
+
+    /// <summary>Which of <paramref name="words"/> it is.</summary>
+    /// <exception cref="FormatException">it is none of them</exception>
+    internal static int ParseWord(string word, string what, params string[] words)
+    {
+        int index = Array.IndexOf(words, word);
+        return index >= 0 ? index : throw new FormatException($"unknown {what} '{word}'; "
+            + (Nearest(word, words) is { } near ? $"did you mean '{near}'?" : $"it is one of {string.Join(", ", words)}"));
+    }
+
+    /// <summary>What came from outside, without anything that a terminal or a parser could take for more: JSON's
+    /// escapes (RFC 8259, 7), which logfmt shares.</summary>
+    internal static string Escape(string text)
+    {
+        if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
+            && text.AsSpan().IndexOfAny('"', '\\') < 0)
+        {
+            return text;
+        }
+
+        StringBuilder escaped = new();
+        foreach (char c in text)
+        {
+            _ = c switch
+            {
+                '"' or '\\' => escaped.Append('\\').Append(c),
+                '\n' => escaped.Append("\\n"),
+                '\r' => escaped.Append("\\r"),
+                '\t' => escaped.Append("\\t"),
+                < ' ' or (>= '\u007f' and <= '\u009f') => escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
+                _ => escaped.Append(c),
+            };
+        }
+
+        return escaped.ToString();
+    }
+}
