@@ -1300,17 +1300,17 @@ internal static class Exhaustion
 {
     private const int Over = 1000; // ms without a refusal
 
-    private static readonly Lock s_gate = new();
-    private static Socket? s_reserve = NewReserve();
-    private static long s_refused;
-    private static long s_last; // when the last client was refused
-    private static volatile bool s_lasts;
+    private static readonly Lock Gate = new();
+    private static Socket? _reserve = NewReserve();
+    private static long _refused;
+    private static long _last; // when the last client was refused
+    private static volatile bool _lasts;
 
     internal static void Refused(Log log)
     {
-        lock (s_gate)
+        lock (Gate)
         {
-            s_refused++;
+            _refused++;
             Begin(log);
         }
     }
@@ -1319,17 +1319,17 @@ internal static class Exhaustion
     /// with, one after the other. False when the listener is closed.</summary>
     internal static bool RefuseWaiting(Socket listener, Log log)
     {
-        lock (s_gate)
+        lock (Gate)
         {
             Begin(log);
-            s_reserve?.Dispose();
+            _reserve?.Dispose();
             try
             {
                 listener.Blocking = false;
                 while (true)
                 {
                     listener.Accept().Close(0);
-                    s_refused++;
+                    _refused++;
                 }
             }
             catch (SocketException)
@@ -1342,22 +1342,22 @@ internal static class Exhaustion
             }
             finally
             {
-                s_reserve = NewReserve();
+                _reserve = NewReserve();
             }
         }
     }
 
     internal static void Recovered(Log log)
     {
-        if (s_lasts && Environment.TickCount64 - Volatile.Read(ref s_last) > Over)
+        if (_lasts && Environment.TickCount64 - Volatile.Read(ref _last) > Over)
         {
-            lock (s_gate)
+            lock (Gate)
             {
-                if (s_lasts)
+                if (_lasts)
                 {
-                    s_lasts = false;
-                    log.Event(LogLevel.Warn, "recovered", $"accepting again; {Text.Count(s_refused, "client")} refused");
-                    s_refused = 0;
+                    _lasts = false;
+                    log.Event(LogLevel.Warn, "recovered", $"accepting again; {Text.Count(_refused, "client")} refused");
+                    _refused = 0;
                 }
             }
         }
@@ -1365,10 +1365,10 @@ internal static class Exhaustion
 
     private static void Begin(Log log)
     {
-        Volatile.Write(ref s_last, Environment.TickCount64);
-        if (!s_lasts)
+        Volatile.Write(ref _last, Environment.TickCount64);
+        if (!_lasts)
         {
-            s_lasts = true;
+            _lasts = true;
             log.Event(LogLevel.Warn, "exhausted",
                 $"out of descriptors or memory ({Descriptors.Limit} descriptors allowed): refusing clients");
         }
@@ -1911,7 +1911,7 @@ internal sealed class Bridge : Watched
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
 
-    private static long s_stopAllAt = long.MaxValue; // Environment.TickCount64
+    private static long _stopAllAt = long.MaxValue; // Environment.TickCount64
 
     private readonly Socket _client; // owned; closed by Close
     private readonly Socket? _upstream; // owned; closed by Close; null for the built-in servers
@@ -1947,7 +1947,7 @@ internal sealed class Bridge : Watched
     /// <summary>The end of the process: what still runs at <paramref name="time"/> (TickCount64) is aborted.</summary>
     internal static void StopAllAt(long time)
     {
-        Volatile.Write(ref s_stopAllAt, time);
+        Volatile.Write(ref _stopAllAt, time);
         Sweep.Wake();
     }
 
@@ -2048,7 +2048,7 @@ internal sealed class Bridge : Watched
 
     internal override void Check(long now)
     {
-        if (now >= Volatile.Read(ref s_stopAllAt))
+        if (now >= Volatile.Read(ref _stopAllAt))
         {
             Abort(CloseReason.Shutdown);
             return;
@@ -2655,12 +2655,12 @@ internal static class Sweep
     private const int Shortest = 25; // ms between two looks
     private const int Longest = 500;
 
-    private static readonly Lock s_gate = new();
-    private static readonly AutoResetEvent s_wake = new(false);
-    private static Watched[] s_watched = new Watched[64];
-    private static int s_count;
-    private static bool s_isAsleep;
-    private static int s_interval;
+    private static readonly Lock Gate = new();
+    private static readonly AutoResetEvent Bell = new(false);
+    private static Watched[] _watched = new Watched[64];
+    private static int _count;
+    private static bool _isAsleep;
+    private static int _interval;
 
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
@@ -2670,57 +2670,57 @@ internal static class Sweep
             least = bound > TimeSpan.Zero ? Math.Min(least, bound.TotalMilliseconds) : least;
         }
 
-        s_interval = Math.Max(Shortest, (int)least / 8);
+        _interval = Math.Max(Shortest, (int)least / 8);
         new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
     }
 
     internal static void Add(Watched watched)
     {
-        lock (s_gate)
+        lock (Gate)
         {
-            if (s_count == s_watched.Length)
+            if (_count == _watched.Length)
             {
-                Array.Resize(ref s_watched, 2 * s_count);
+                Array.Resize(ref _watched, 2 * _count);
             }
 
-            watched.Place = s_count;
-            s_watched[s_count++] = watched;
-            if (s_isAsleep)
+            watched.Place = _count;
+            _watched[_count++] = watched;
+            if (_isAsleep)
             {
-                s_isAsleep = false;
-                s_wake.Set();
+                _isAsleep = false;
+                Bell.Set();
             }
         }
     }
 
     internal static void Remove(Watched watched)
     {
-        lock (s_gate)
+        lock (Gate)
         {
             if (watched.Place >= 0)
             {
-                Watched last = s_watched[--s_count];
-                s_watched[last.Place = watched.Place] = last;
-                s_watched[s_count] = null!;
+                Watched last = _watched[--_count];
+                _watched[last.Place = watched.Place] = last;
+                _watched[_count] = null!;
                 watched.Place = -1;
             }
         }
     }
 
-    internal static void Wake() => s_wake.Set();
+    internal static void Wake() => Bell.Set();
 
     private static void Run()
     {
         Watched[] seen = [];
         while (true)
         {
-            s_wake.WaitOne(IsEmpty() ? Timeout.Infinite : s_interval);
+            Bell.WaitOne(IsEmpty() ? Timeout.Infinite : _interval);
             int count;
-            lock (s_gate)
+            lock (Gate)
             {
-                count = s_count;
-                seen = seen.Length < count ? new Watched[s_watched.Length] : seen;
-                Array.Copy(s_watched, seen, count);
+                count = _count;
+                seen = seen.Length < count ? new Watched[_watched.Length] : seen;
+                Array.Copy(_watched, seen, count);
             }
 
             long now = Environment.TickCount64;
@@ -2735,9 +2735,9 @@ internal static class Sweep
 
     private static bool IsEmpty()
     {
-        lock (s_gate)
+        lock (Gate)
         {
-            return s_isAsleep = s_count == 0;
+            return _isAsleep = _count == 0;
         }
     }
 }
@@ -3113,8 +3113,8 @@ internal sealed class UpstreamAddress : Address
 /// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>
 internal static class Units
 {
-    private static readonly string[] s_suffixes = ["d", "h", "m", "s", "ms"];
-    private static readonly long[] s_milliseconds = [86_400_000, 3_600_000, 60_000, 1000, 1];
+    private static readonly string[] Suffixes = ["d", "h", "m", "s", "ms"];
+    private static readonly long[] Milliseconds = [86_400_000, 3_600_000, 60_000, 1000, 1];
 
     private const long Longest = 10_000L * 86_400_000; // ms
 
@@ -3127,15 +3127,15 @@ internal static class Units
             digits++;
         }
 
-        int unit = Array.IndexOf(s_suffixes, digits == text.Length ? "s" : text[digits..]);
+        int unit = Array.IndexOf(Suffixes, digits == text.Length ? "s" : text[digits..]);
         if (text != "off" && (unit < 0 || digits == 0))
         {
             throw new FormatException($"'{text}' is not a time; write 500ms, 5s, 10m, 1h, 7d or off");
         }
 
         return text == "off" ? TimeSpan.Zero
-            : long.TryParse(text.AsSpan(0, digits), out long value) && value <= Longest / s_milliseconds[unit]
-                ? TimeSpan.FromMilliseconds(value * s_milliseconds[unit])
+            : long.TryParse(text.AsSpan(0, digits), out long value) && value <= Longest / Milliseconds[unit]
+                ? TimeSpan.FromMilliseconds(value * Milliseconds[unit])
             : throw new FormatException($"'{text}' is too long; at most {Text(TimeSpan.FromMilliseconds(Longest))}, or off");
     }
 
@@ -3143,8 +3143,8 @@ internal static class Units
     internal static string Text(TimeSpan time)
     {
         long milliseconds = (long)time.TotalMilliseconds;
-        int unit = Array.FindIndex(s_milliseconds, unit => milliseconds % unit == 0);
-        return $"{milliseconds / s_milliseconds[unit]}{s_suffixes[unit]}";
+        int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
+        return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
 
     /// <exception cref="FormatException">it is no size, or not between the bounds</exception>
