@@ -1,0 +1,97 @@
+using System;
+using System.Collections.Generic;
+using System.Linq;
+using System.Threading.Tasks;
+using Xunit;
+
+namespace TcpProxy.Tests;
+
+[Collection("heavy")]
+public sealed class BulkTests : EndToEndTest
+{
+    private const long Gigabyte = 1L << 30;
+
+    [Fact(Timeout = Slow)]
+    public async Task A_gigabyte_both_ways_at_once_through_a_chain_of_three_proxies()
+    {
+        Pattern up = new(1);
+        Pattern down = new(2);
+        Upstream upstream = Given.Server();
+        ProxyProcess third = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        ProxyProcess second = await Given.Proxy("127.0.0.1:0", third.Addresses[0]);
+        ProxyProcess first = await Given.Proxy("127.0.0.1:0", second.Addresses[0]);
+        (Peer client, Peer server) = await Given.Bridge(first, upstream);
+
+        await Task.WhenAll(
+            Wait.Apart(() => SendAll(client, up)),
+            Wait.Apart(() => SendAll(server, down)),
+            Wait.Apart(() => ReceiveAll(server, up)),
+            Wait.Apart(() => ReceiveAll(client, down)));
+        client.Dispose();
+        server.Dispose();
+
+        foreach (ProxyProcess proxy in new[] { first, second, third })
+        {
+            LogLine line = await proxy.Connection();
+            Assert.Equal((Gigabyte, Gigabyte, "--"), (line.BytesUp, line.BytesDown, line.End));
+        }
+
+        static async Task SendAll(Peer peer, Pattern pattern)
+        {
+            await peer.Send(pattern, Gigabyte, seconds: 200);
+            peer.Finish();
+        }
+
+        static async Task ReceiveAll(Peer peer, Pattern pattern)
+        {
+            await peer.Receive(pattern, Gigabyte, seconds: 200);
+            await peer.ExpectEnd();
+        }
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task Two_hundred_connections_of_random_sizes_and_pauses_lose_no_byte()
+    {
+        int seed = Random.Shared.Next();
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        long[] lengths = await Task.WhenAll(Enumerable.Range(0, 200).Select(i => Wait.Apart(() => Exchange(seed + i))));
+
+        List<LogLine> lines = await proxy.LinesOf("connection", 200);
+        Assert.Equal(lengths.Sum(), lines.Sum(l => l.BytesUp));
+        Assert.Equal(lengths.Sum(), lines.Sum(l => l.BytesDown));
+        Assert.All(lines, l => Assert.Equal("--", l.End));
+
+        async Task<long> Exchange(int own)
+        {
+            Random random = new(own);
+            Pattern pattern = new(own);
+            Peer client = await Given.Client(proxy);
+            long length = random.Next(4) == 0 ? random.Next(100) : random.Next(2_000_000);
+            try
+            {
+                Task receiving = client.Receive(pattern, length);
+                for (long at = 0; at < length;)
+                {
+                    int count = (int)Math.Min(length - at, random.Next(1, random.Next(2) == 0 ? 2_000 : 200_000));
+                    await client.Send(pattern, count, at);
+                    at += count;
+                    if (random.Next(3) == 0)
+                    {
+                        await Wait.Pause(random.Next(20));
+                    }
+                }
+
+                client.Finish();
+                await receiving;
+                await client.ExpectEnd();
+                client.Dispose();
+                return length;
+            }
+            catch (Exception e)
+            {
+                throw new InvalidOperationException($"seed {own}: {e.Message}", e);
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+using System;
+using System.Collections.Generic;
+using System.Diagnostics;
+using System.Linq;
+using System.Net.Sockets;
+using System.Text;
+using System.Threading;
+using System.Threading.Tasks;
+using Xunit;
+
+namespace TcpProxy.Tests;
+
+public sealed class LimitTests : EndToEndTest
+{
+    public static readonly TheoryData<int> Quotas = [1, 1_000, 65_535, 65_536, 65_537, 1_000_000, 5_000_000];
+
+    [Theory(Timeout = Quick)]
+    [MemberData(nameof(Quotas))]
+    public async Task Exactly_the_quota_passes_up_and_the_answer_still_comes(int quota)
+    {
+        Pattern pattern = new(quota);
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-bytes-up", $"{quota}");
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        Task sending = SendMore(client, pattern, quota + 100_000L);
+        await server.Receive(pattern, quota);
+        await server.ExpectEnd();
+        await server.Send("enough");
+        await client.ReceiveText("enough");
+        server.Dispose();
+        await client.Drain();
+        await sending;
+
+        LogLine line = await proxy.Connection(client);
+        Assert.Equal(("PD", "byte quota up"), (line.End, line.Reason));
+        Assert.Equal((quota, 6), (line.BytesUp, line.BytesDown));
+    }
+
+    [Theory(Timeout = Quick)]
+    [MemberData(nameof(Quotas))]
+    public async Task Exactly_the_quota_passes_down(int quota)
+    {
+        Pattern pattern = new(quota);
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-bytes-down", $"{quota}");
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        Task sending = SendMore(server, pattern, quota + 100_000L);
+        await client.Receive(pattern, quota);
+        await client.ExpectEnd();
+        client.Dispose();
+        await server.Drain();
+        await sending;
+
+        LogLine line = await proxy.Connection();
+        Assert.Equal(("PD", "byte quota down"), (line.End, line.Reason));
+        Assert.Equal((0, quota), (line.BytesUp, line.BytesDown));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task After_the_quota_a_silent_server_does_not_hold_the_connection()
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-bytes-up", "10");
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        Stopwatch clock = Stopwatch.StartNew();
+        await client.Send("0123456789abcdef");
+        Assert.Equal("0123456789", Encoding.ASCII.GetString(await server.ReceiveToEnd()));
+        await client.Drain(10);
+        LogLine line = await proxy.Connection(client);
+        Assert.InRange(clock.ElapsedMilliseconds, 500, 8_000);
+        Assert.Equal(("PD", "byte quota up", 10), (line.End, line.Reason, line.BytesUp));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Below_the_quota_nothing_is_different()
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", upstream.Address, "--max-bytes-up", "1k", "--max-bytes-down", "1k");
+        Peer client = await Given.Client(proxy);
+        await client.Ask("hello");
+        client.Finish();
+        await client.ExpectEnd();
+        Assert.Equal("--", (await proxy.Connection(client)).End);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Over_the_connection_limit_a_client_is_disconnected_at_once()
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-connections", "2");
+        Peer first = await Given.Client(proxy);
+        Peer second = await Given.Client(proxy);
+        await first.Ask("one");
+        await second.Ask("two");
+
+        for (int i = 0; i < 5; i++)
+        {
+            Stopwatch clock = Stopwatch.StartNew();
+            Peer third = await Given.Client(proxy);
+            await third.ExpectEnd();
+            Assert.True(clock.ElapsedMilliseconds < 2_000, $"disconnected after {clock.ElapsedMilliseconds} ms");
+            LogLine line = await proxy.Connection(third);
+            Assert.Equal(("PC", "connection limit", "-"), (line.End, line.Reason, line["server"]));
+        }
+
+        Assert.Equal(2, upstream.Accepted);
+        await first.Ask("still here");
+        first.Finish();
+        await first.ExpectEnd();
+        await proxy.Connection(first);
+        Peer next = await Given.Client(proxy);
+        await next.Ask("a place is free");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_connection_limit_is_never_passed_under_a_rush()
+    {
+        int open = 0;
+        int most = 0;
+        Upstream upstream = Given.Server(async peer =>
+        {
+            int now = Interlocked.Increment(ref open);
+            InterlockedMax(ref most, now);
+            await peer.Send("x");
+            await peer.Drain();
+            Interlocked.Decrement(ref open);
+            peer.Dispose();
+        });
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-connections", "5");
+        await Wait.Many(500, 40, async i =>
+        {
+            using Peer client = await Peer.Connect(proxy.Endpoint());
+            (byte[] data, _) = await ReceiveOne(client);
+            Assert.InRange(data.Length, 0, 1);
+        });
+        List<LogLine> lines = await proxy.LinesOf("connection", 500);
+        Assert.InRange(lines.Count(l => l.End == "PC"), 1, 499);
+
+        // the server sees the end of a connection a moment after the proxy has given its place to the next
+        Assert.InRange(most, 1, 10);
+
+        static async Task<(byte[] Data, int Count)> ReceiveOne(Peer peer)
+        {
+            byte[] one = new byte[1];
+            int count = await peer.Socket.ReceiveAsync(one.AsMemory());
+            return (one[..count], count);
+        }
+
+        static void InterlockedMax(ref int target, int value)
+        {
+            for (int seen = target; seen < value;)
+            {
+                seen = Interlocked.CompareExchange(ref target, value, seen);
+            }
+        }
+    }
+
+    /// <summary>Sends until all is sent or the other side will not have it.</summary>
+    private static async Task SendMore(Peer peer, Pattern pattern, long length)
+    {
+        try
+        {
+            await peer.Send(pattern, length);
+        }
+        catch (SocketException)
+        {
+            // the quota is allowed to end the connection at any moment after it is spent
+        }
+    }
+}

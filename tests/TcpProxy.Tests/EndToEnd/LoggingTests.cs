@@ -1,0 +1,144 @@
+using System;
+using System.Collections.Generic;
+using System.Globalization;
+using System.IO;
+using System.Linq;
+using System.Text.Json;
+using System.Threading.Tasks;
+using Xunit;
+
+namespace TcpProxy.Tests;
+
+public sealed class LoggingTests : EndToEndTest
+{
+    private static readonly string[] Keys =
+    [
+        "time", "level", "event", "route", "client", "upstream", "server", "connect_ms", "duration_ms",
+        "bytes_up", "bytes_down", "end", "reason",
+    ];
+
+    [Theory(Timeout = Quick)]
+    [InlineData("text")]
+    [InlineData("json")]
+    public async Task A_connection_is_one_line_with_all_there_is_to_know(string format)
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", $"localhost:{upstream.Port}", "--log", format, "--name", "my route");
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        DateTimeOffset start = DateTimeOffset.UtcNow;
+        await client.Exchange(server, "12345", "1234567");
+        await Wait.Pause(500);
+        client.Finish();
+        await server.ExpectEnd();
+        server.Finish();
+        await client.ExpectEnd();
+
+        LogLine line = await proxy.Connection(client);
+        Assert.Equal(Keys, line.Keys);
+        Assert.Equal(format == "json", line.Raw.StartsWith('{'));
+        DateTimeOffset time = DateTimeOffset.ParseExact(
+            line["time"], "yyyy-MM-dd'T'HH:mm:ss.fff'Z'", CultureInfo.InvariantCulture, DateTimeStyles.AssumeUniversal);
+        Assert.InRange(time, start.AddSeconds(-1), DateTimeOffset.UtcNow.AddSeconds(1));
+        Assert.Equal(("info", "connection", "my route"), (line.Level, line.Event, line["route"]));
+        Assert.Equal((client.Local, $"localhost:{upstream.Port}"), (line["client"], line["upstream"]));
+        Assert.Equal(upstream.Address, line["server"]);
+        Assert.InRange(line.Number("connect_ms"), 0, 2_000);
+        Assert.InRange(line.Number("duration_ms"), 450, 5_000);
+        Assert.Equal((5, 7, "--", "done"), (line.BytesUp, line.BytesDown, line.End, line.Reason));
+        if (format == "json")
+        {
+            using JsonDocument document = JsonDocument.Parse(line.Raw);
+            Assert.All(
+                new[] { "connect_ms", "duration_ms", "bytes_up", "bytes_down" },
+                key => Assert.Equal(JsonValueKind.Number, document.RootElement.GetProperty(key).ValueKind));
+        }
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("text")]
+    [InlineData("json")]
+    public async Task A_failed_connection_has_the_same_keys(string format)
+    {
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", $"127.0.0.1:{Given.RefusingPort()}", "--log", format);
+        Peer client = await Given.Client(proxy);
+        await client.ExpectReset();
+        LogLine line = await proxy.Connection(client);
+        Assert.Equal(Keys, line.Keys);
+        Assert.Equal(("-", -1), (line["server"], line.Number("connect_ms")));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task The_life_of_the_proxy_is_logged()
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        LogLine listening = await proxy.Line("listening");
+        Assert.Equal(["time", "level", "event", "route", "listen", "upstream"], listening.Keys.Take(6));
+        Assert.Equal((proxy.Addresses[0], upstream.Address), (listening["listen"], listening["upstream"]));
+        Assert.Equal("127.0.0.1:0", listening["route"]);
+        Assert.Equal(0, await proxy.Stop());
+        Assert.Equal(0, (await proxy.Line("draining")).Number("connections"));
+        await proxy.Line("stopped");
+        Assert.Equal(["listening", "draining", "stopped"], proxy.Lines.Select(l => l.Event));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Quiet_leaves_only_what_is_wrong()
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "-q");
+        await Converse(proxy);
+        Assert.Equal(0, await proxy.Stop());
+        Assert.Equal(string.Empty, proxy.RawLog);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Verbose_says_more()
+    {
+        Upstream upstream = Given.Echo();
+        Names names = await Names.Hosts(Given, "127.0.0.1 server.example");
+        ProxyProcess proxy = await Given.Proxy(names.Launch, "127.0.0.1:0", $"server.example:{upstream.Port}", "-v");
+        await Converse(proxy);
+        await proxy.Connection();
+        Assert.Equal(0, await proxy.Stop());
+        Assert.Contains(proxy.Lines, l => l.Level == "debug");
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("--log", "off")]
+    [InlineData("--log-level", "error")]
+    public async Task The_log_can_be_off(string option, string value)
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, option, value);
+        await Converse(proxy);
+        Assert.Equal(0, await proxy.Stop());
+        Assert.Equal(string.Empty, proxy.RawLog);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_log_file_takes_the_place_of_stderr_and_is_continued()
+    {
+        string file = Given.Path("proxy.log");
+        Upstream upstream = Given.Echo();
+        for (int run = 1; run <= 2; run++)
+        {
+            ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--log-file", file);
+            await Converse(proxy);
+            Assert.Equal(0, await proxy.Stop());
+            Assert.Equal(string.Empty, proxy.RawLog);
+            List<LogLine> lines = [.. File.ReadLines(file).Select(LogLine.Parse)];
+            Assert.Equal(run, lines.Count(l => l.Event == "connection"));
+            Assert.Equal("stopped", lines[^1].Event);
+        }
+    }
+
+    private async Task Converse(ProxyProcess proxy)
+    {
+        Peer client = await Given.Client(proxy);
+        await client.Ask("hello");
+        client.Finish();
+        await client.ExpectEnd();
+    }
+}

@@ -1,0 +1,83 @@
+using System;
+using System.Net;
+using System.Net.Sockets;
+using System.Text;
+using System.Threading;
+using System.Threading.Tasks;
+using Xunit;
+
+namespace TcpProxy.Tests;
+
+/// <summary>
+/// Names that only the proxy under test sees: it runs in a mount namespace with its own /etc/hosts and
+/// /etc/resolv.conf, and asks a name server of the test on loopback. Nothing leaves the machine.
+/// </summary>
+internal sealed class Names : IDisposable
+{
+    private readonly Socket? _server;
+    private readonly bool _answers;
+    private int _asked;
+
+    private Names(Given given, string[] hosts, bool answers)
+    {
+        _answers = answers;
+        _server = new Socket(AddressFamily.InterNetwork, SocketType.Dgram, ProtocolType.Udp);
+        IPAddress address = new([127, (byte)Random.Shared.Next(1, 255), (byte)Random.Shared.Next(1, 255), 53]);
+        _server.Bind(new IPEndPoint(address, 53));
+        string hostsFile = given.Write("hosts", string.Join('\n', hosts) + "\n");
+        string resolver = given.Write("resolv.conf", $"nameserver {address}\noptions timeout:30 attempts:1\n");
+        string script = $"mount --bind {hostsFile} /etc/hosts && mount --bind {resolver} /etc/resolv.conf"
+            + " && exec \"$0\" \"$@\"";
+        Launch = new Launch { Before = ["unshare", "-m", "sh", "-c", script] };
+        _ = ServeAsync();
+    }
+
+    /// <summary>How to start a proxy that sees these names.</summary>
+    public Launch Launch { get; }
+
+    /// <summary>How many questions came to the name server.</summary>
+    public int Asked => Volatile.Read(ref _asked);
+
+    /// <summary>These lines of /etc/hosts; every other name does not exist.</summary>
+    public static Task<Names> Hosts(Given given, params string[] lines) => Make(given, lines, answers: true);
+
+    /// <summary>These lines of /etc/hosts; the name server answers nothing else, ever.</summary>
+    public static Task<Names> SilentServer(Given given, params string[] lines) => Make(given, lines, answers: false);
+
+    public void Dispose() => _server?.Dispose();
+
+    private static async Task<Names> Make(Given given, string[] lines, bool answers)
+    {
+        Tool.NeedRoot("a mount namespace");
+        string unshare = Tool.Need("unshare", "util-linux");
+        Outcome tried = await Tool.Run(unshare, "-m", "true");
+        Assert.SkipUnless(tried.Status == 0, $"no mount namespaces here: {tried.Err}");
+        return given.Owned(new Names(given, lines, answers));
+    }
+
+    private async Task ServeAsync()
+    {
+        byte[] packet = new byte[512];
+        EndPoint any = new IPEndPoint(IPAddress.Any, 0);
+        try
+        {
+            while (true)
+            {
+                SocketReceiveFromResult got = await _server!.ReceiveFromAsync(packet.AsMemory(), any);
+                Interlocked.Increment(ref _asked);
+                if (_answers)
+                {
+                    // the same question back, with QR, RD, RA and NXDOMAIN, without additional records
+                    int end = 12 + Encoding.Latin1.GetString(packet, 12, got.ReceivedBytes - 12).IndexOf('\0') + 5;
+                    (packet[2], packet[3]) = (0x81, 0x83);
+                    packet.AsSpan(6, 6).Clear();
+                    await _server.SendToAsync(packet.AsMemory(0, end), got.RemoteEndPoint);
+                }
+            }
+        }
+        catch (Exception e) when (e is ObjectDisposedException or SocketException)
+        {
+            // the test is over
+        }
+    }
+}
