@@ -1,0 +1,218 @@
+# build.ps1 - builds, tests and packages tcpproxy on Windows; elsewhere build.sh does it
+#
+#   ./build.ps1                  build out\tcpproxy.exe
+#   ./build.ps1 run ARGS         run it, built first if the sources are newer
+#   ./build.ps1 test [FILTER]    run the tests, or those with FILTER in their class or method name
+#   ./build.ps1 check            formatting, every analyzer, trim and AOT warnings: all clean or it fails
+#   ./build.ps1 bench ARGS       run the benchmarks
+#   ./build.ps1 fuzz SECONDS     run each fuzz test for SECONDS
+#   ./build.ps1 dist             out\dist: a binary for each target that this machine can make
+#   ./build.ps1 clean            remove all that was built
+#   ./build.ps1 help             this text
+#
+#   $env:TCPPROXY_BIN = FILE     test, bench, fuzz: use FILE instead of building one
+
+# No param block: PowerShell would take the proxy's own options, such as -l, for parameters of this script.
+$words = @($args)
+$ErrorActionPreference = 'Stop'
+if ($PSVersionTable.PSVersion.Major -ge 6 -and -not $IsWindows) {
+    & "$PSScriptRoot/build.sh" @words
+    exit $LASTEXITCODE
+}
+
+$root = $PSScriptRoot
+$out = Join-Path $root 'out'
+$obj = Join-Path $out 'obj' # intermediate files, a folder for each kind of build so that none disturbs another
+$binary = Join-Path $out 'tcpproxy.exe'
+$env:DOTNET_CLI_TELEMETRY_OPTOUT = '1'
+$env:DOTNET_NOLOGO = '1'
+
+function Say([string] $text) { [Console]::Error.WriteLine($text) }
+function Die([string] $text) { Say "build.ps1: error: $text"; exit 1 }
+function Usage([string] $text) { Say "build.ps1: error: $text; ./build.ps1 help lists the words"; exit 2 }
+
+# -- what this machine has ----------------------------------------------------------------------------------------
+
+function Need-Sdk {
+    $version = 'none'
+    if (Get-Command dotnet -ErrorAction SilentlyContinue) { $version = [string] (& dotnet --version) }
+    if ($version -match '^(\d+)\.' -and [int] $Matches[1] -ge 10) { return }
+    Die ".NET SDK 10 is needed (found: $version): winget install Microsoft.DotNet.SDK.10"
+}
+
+# The SDK finds Visual Studio's linker by itself; this only says in one line when there is none.
+function Need-Linker {
+    $vswhere = Join-Path ${env:ProgramFiles(x86)} 'Microsoft Visual Studio\Installer\vswhere.exe'
+    if (Test-Path $vswhere) {
+        $found = & $vswhere -latest -prerelease -products * -property installationPath `
+            -requires Microsoft.VisualStudio.Component.VC.Tools.x86.x64
+        if ($found) { Say 'toolchain: Visual Studio -> dynamic'; return }
+    }
+    Die ('no linker: winget install Microsoft.VisualStudio.2022.BuildTools --override ' +
+        '"--passive --add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"')
+}
+
+# -- building -----------------------------------------------------------------------------------------------------
+
+# FOLDER COMMAND...: runs dotnet with its files below out\obj\FOLDER; tells whether it went well.
+function Invoke-Sdk([string] $folder, [string[]] $command) {
+    $env:ArtifactsPath = Join-Path $obj $folder
+    Push-Location $root
+    try { & dotnet @command | Out-Host } finally { Pop-Location; $env:ArtifactsPath = $null }
+    return $LASTEXITCODE -eq 0
+}
+
+# From nothing every time: the SDK's own incremental native build does not notice that a setting has changed. Warnings
+# are for check: the new rules of a newer SDK do not stop who only wants the binary.
+function Publish([string] $file, [string[]] $properties) {
+    $folder = Join-Path $obj 'publish'
+    if (Test-Path $folder) { Remove-Item -Recurse -Force $folder }
+    $good = Invoke-Sdk 'publish' (@('publish', 'TcpProxy.csproj', '-c', 'Release', '-o', "$folder\to", '-nologo', '-v:quiet',
+        '-p:RunAnalyzers=false', '-p:TreatWarningsAsErrors=false') + $properties)
+    if (-not $good) { Die "$file could not be built" }
+    Copy-Item "$folder\to\tcpproxy.exe" $file -Force
+    Remove-Item -Recurse -Force $folder
+}
+
+function Show-Size([string] $file) {
+    $bytes = (Get-Item $file).Length
+    $over = ''
+    if ($bytes -gt 2.0e6) { $over = ', warning: more than 2.0 MB' }
+    Say ([string]::Format([cultureinfo]::InvariantCulture, '{0}: {1:0.00} MB{2}', $file, $bytes / 1e6, $over))
+}
+
+# Does nothing, and says nothing, when the binary is newer than all it is made from.
+function Build {
+    if (Test-Path $binary) {
+        $made = (Get-Item $binary).LastWriteTimeUtc
+        $newer = Get-Item "$root\TcpProxy.cs", "$root\TcpProxy.csproj", "$root\build.ps1" |
+            Where-Object { $_.LastWriteTimeUtc -gt $made }
+        if (-not $newer) { return }
+    }
+    Need-Sdk
+    Need-Linker
+    $begun = [DateTime]::UtcNow
+    New-Item -ItemType Directory -Force $obj | Out-Null
+    Publish $binary @()
+    (Get-Item $binary).LastWriteTimeUtc = $begun # a source that was changed meanwhile is newer
+    & $binary --version | Out-Null
+    if ($LASTEXITCODE -ne 0) { Die "$binary does not start" }
+}
+
+# -- testing ------------------------------------------------------------------------------------------------------
+
+# Builds the tests (Debug: the program's assertions hold in them) and runs them against the native binary. The last line
+# and the exit status come from the result file: no result, no test and a failure are all failures.
+function Run-Tests([string[]] $arguments) {
+    if (-not $env:TCPPROXY_BIN) { Build; $env:TCPPROXY_BIN = $binary }
+    Need-Sdk
+    if (-not (Invoke-Sdk 'test' @('msbuild', 'tests/TcpProxy.Tests/TcpProxy.Tests.csproj', '-restore', '-nologo', '-v:quiet',
+        '-p:Configuration=Debug'))) { Die 'the tests could not be built' }
+    $results = Join-Path $obj 'results.xml'
+    if (Test-Path $results) { Remove-Item $results }
+    & "$obj\test\bin\TcpProxy.Tests\debug\TcpProxy.Tests.exe" -noLogo @arguments -xml $results | Out-Host
+    $status = $LASTEXITCODE
+    $passed = 0; $failed = 0; $skipped = 0
+    if (Test-Path $results) {
+        $assembly = ([xml] (Get-Content -Raw -Encoding UTF8 $results)).assemblies.assembly
+        $passed = [int] $assembly.passed
+        $failed = [int] $assembly.failed + [int] $assembly.errors
+        $skipped = [int] $assembly.skipped
+    }
+    if ($status -eq 0 -and $failed -ne 0) { $status = 1 }
+    if ($passed + $failed -eq 0) { $status = 1; Say 'build.ps1: error: no test has run' }
+    Write-Output "$passed passed, $failed failed, $skipped skipped"
+    exit $status
+}
+
+function Check {
+    Need-Sdk
+    Need-Linker
+    New-Item -ItemType Directory -Force $obj | Out-Null
+    $projects = @('TcpProxy.csproj') + @(Get-ChildItem "$root\tests\*\*.csproj" | ForEach-Object { $_.FullName })
+    foreach ($project in $projects) {
+        Say "check: ${project}: format"
+        $good = (Invoke-Sdk 'check' @('restore', $project, '-nologo', '-v:quiet')) -and
+            (Invoke-Sdk 'check' @('format', $project, '--no-restore', '--verify-no-changes'))
+        if (-not $good) { Die "not clean; dotnet format $project mends what it can" }
+        if ($project -eq 'TcpProxy.csproj') { continue }
+        Say "check: ${project}: analyzers"
+        if (-not (Invoke-Sdk 'check' @('msbuild', $project, '-restore', '-t:Rebuild', '-nologo', '-v:quiet',
+            '-p:Configuration=Release'))) { Die 'warnings are errors here' }
+    }
+    Say 'check: TcpProxy.csproj: analyzers without the tests'' access, trim and AOT warnings'
+    $checked = Join-Path $obj 'checked.exe'
+    Publish $checked @('-p:WithoutTests=true', '-p:RunAnalyzers=true', '-p:TreatWarningsAsErrors=true')
+    Remove-Item $checked
+    Say 'check: clean'
+}
+
+function Bench([string[]] $arguments) {
+    if (-not $env:TCPPROXY_BIN) { Build; $env:TCPPROXY_BIN = $binary }
+    Need-Sdk
+    if (-not (Invoke-Sdk 'bench' @('msbuild', 'tests/TcpProxy.Bench/TcpProxy.Bench.csproj', '-restore', '-nologo', '-v:quiet',
+        '-p:Configuration=Release'))) { Die 'the benchmarks could not be built' }
+    & "$obj\bench\bin\TcpProxy.Bench\release\TcpProxy.Bench.exe" @arguments
+    exit $LASTEXITCODE
+}
+
+# -- packaging ----------------------------------------------------------------------------------------------------
+
+function Dist {
+    Need-Sdk
+    Need-Linker
+    $version = ([xml] (Get-Content -Raw "$root\TcpProxy.csproj")).Project.PropertyGroup.Version | Where-Object { $_ }
+    $dist = Join-Path $out 'dist'
+    if (Test-Path $dist) { Remove-Item -Recurse -Force $dist }
+    New-Item -ItemType Directory -Force $dist, $obj | Out-Null
+    $file = Join-Path $dist "tcpproxy-$version-win-x64.exe"
+    Publish $file @('-r', 'win-x64')
+    Show-Size $file
+    Say 'linux-x64, linux-arm64: not made: run ./build.sh dist on Linux'
+    Say 'osx-arm64, osx-x64: not made: native code for macOS is linked on macOS; run ./build.sh dist there'
+    $sums = Get-ChildItem $dist -Filter 'tcpproxy-*' | ForEach-Object {
+        (Get-FileHash -Algorithm SHA256 $_.FullName).Hash.ToLowerInvariant() + "  $($_.Name)"
+    }
+    [IO.File]::WriteAllText((Join-Path $dist 'SHA256SUMS'), (@($sums) -join "`n") + "`n")
+    Write-Output $sums
+}
+
+# -- the words ----------------------------------------------------------------------------------------------------
+
+$word = 'build'
+$rest = @()
+if ($words.Count -gt 0) { $word = [string] $words[0] }
+if ($words.Count -gt 1) { $rest = @($words[1..($words.Count - 1)] | ForEach-Object { [string] $_ }) }
+switch -Exact ($word) {
+    'build' {
+        if ($rest.Count -gt 0) { Usage "build: unknown argument '$($rest[0])'" }
+        Build
+        Show-Size $binary
+    }
+    'run' { Build; & $binary @rest; exit $LASTEXITCODE }
+    'test' {
+        if ($rest.Count -gt 1) { Usage 'test: one FILTER at most' }
+        if ($rest.Count -eq 1) { Run-Tests @('-method', "*$($rest[0])*") } else { Run-Tests @() }
+    }
+    'check' { Check }
+    'bench' { Bench $rest }
+    'fuzz' {
+        $seconds = 0
+        if ($rest.Count -ne 1 -or -not [int]::TryParse($rest[0], [ref] $seconds) -or $seconds -le 0) { Usage 'fuzz: how many SECONDS?' }
+        $env:TCPPROXY_FUZZ_SECONDS = "$seconds"
+        Run-Tests @('-class', '*Fuzz*')
+    }
+    'dist' { Dist }
+    'clean' {
+        foreach ($folder in @($out, "$root\obj", "$root\bin", "$root\tests\*\obj", "$root\tests\*\bin")) {
+            if (Test-Path $folder) { Remove-Item -Recurse -Force $folder }
+        }
+    }
+    { $_ -in 'help', '-h', '--help' } {
+        foreach ($line in Get-Content $PSCommandPath) {
+            if ($line -notmatch '^#') { break }
+            $line -replace '^# ?', ''
+        }
+    }
+    default { Usage "unknown word '$word'" }
+}
