@@ -161,7 +161,7 @@ function Bench([string[]] $arguments) {
 function Dist {
     Need-Sdk
     Need-Linker
-    $version = ([xml] (Get-Content -Raw "$root\TcpProxy.csproj")).Project.PropertyGroup.Version | Where-Object { $_ }
+    $version = & dotnet msbuild "$root\TcpProxy.csproj" -nologo -getProperty:Version
     $dist = Join-Path $out 'dist'
     if (Test-Path $dist) { Remove-Item -Recurse -Force $dist }
     New-Item -ItemType Directory -Force $dist, $obj | Out-Null

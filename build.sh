@@ -191,7 +191,8 @@ dist() (
     lock
     need_sdk
     find_toolchain $wanted
-    version=$(sed -n 's|.*<Version>\(.*\)</Version>.*|\1|p' "$root/TcpProxy.csproj")
+    say "toolchain: $compiler + $linker -> $kind"
+    version=$(cd "$root" && dotnet msbuild TcpProxy.csproj -nologo -getProperty:Version 9>&-)
     dist=$out/dist
     rm -rf "$dist"
     mkdir -p "$dist"
