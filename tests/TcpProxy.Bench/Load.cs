@@ -367,7 +367,7 @@ internal readonly record struct Work(double Units, double Seconds);
 /// <summary>A load from one thread. A phase applies it and ends when nothing is in flight.</summary>
 internal abstract unsafe class Load : IDisposable
 {
-    private const double DrainSeconds = 5;
+    private const double PatienceSeconds = 5;
 
     protected Load(int port, int connections, Counters counters)
     {
@@ -386,10 +386,15 @@ internal abstract unsafe class Load : IDisposable
     /// <summary>The connections that a load keeps for its phases.</summary>
     internal virtual void Open()
     {
+        long limit = After(PatienceSeconds);
         foreach (Flow flow in Flows)
         {
             flow.Fd = Libc.Check(Libc.Connect(Port, 3), "connect");
             Poll.Add(flow.Fd, FirstEvents, flow.Key);
+            if (Stopwatch.GetTimestamp() > limit)
+            {
+                throw new BenchException($"only {flow.Key + 1} connections in {PatienceSeconds} s");
+            }
             if (Flows.Length > 1)
             {
                 _ = Libc.usleep(150); // small backlogs are not what is measured here
@@ -406,13 +411,13 @@ internal abstract unsafe class Load : IDisposable
 
     protected static double Between(long start, long end) => (end - start) / (double)Stopwatch.Frequency;
 
-    protected static long LimitAfter(long end) => end + (long)(DrainSeconds * Stopwatch.Frequency);
+    protected static long LimitAfter(long end) => end + (long)(PatienceSeconds * Stopwatch.Frequency);
 
     protected static int Remaining(long end) =>
         (int)Math.Clamp((end - Stopwatch.GetTimestamp()) * 1000 / Stopwatch.Frequency, 0, 500) + 1;
 
     protected static BenchException Undelivered() =>
-        new($"not everything arrived within {DrainSeconds} s of the load's end");
+        new($"not everything arrived within {PatienceSeconds} s of the load's end");
 
     protected void Fail(Flow flow)
     {
@@ -462,7 +467,7 @@ internal sealed unsafe class BulkUp(int port, int connections, Counters counters
         long before = Volatile.Read(ref Counters.Received);
         long start = Stopwatch.GetTimestamp();
         long sent = Send(After(seconds));
-        long limit = After(5);
+        long limit = LimitAfter(Stopwatch.GetTimestamp());
         while (Volatile.Read(ref Counters.Received) - before < sent)
         {
             if (Stopwatch.GetTimestamp() > limit)

@@ -227,6 +227,7 @@ internal sealed record Cpus(int[] Proxy, int[] Load, bool Pinned)
 internal sealed unsafe class Meter(Cpus cpus, Backend backend, string folder, Func<int> freePort)
 {
     private const double QuietSeconds = 2;
+    private const double OpenSeconds = 8;
     private const double ForeignLimit = 0.25;
 
     /// <summary>Half of this process's descriptors are the clients', half the backend's.</summary>
@@ -307,10 +308,15 @@ internal sealed unsafe class Meter(Cpus cpus, Backend backend, string folder, Fu
         List<int> open = new(work.Connections);
         try
         {
+            long opening = Stopwatch.GetTimestamp();
             while (open.Count < work.Connections)
             {
                 int fd = Exchange(port, timeoutSeconds: 3);
                 open.Add(fd >= 0 ? fd : throw new BenchException($"connection {open.Count + 1} failed"));
+                if (Stopwatch.GetElapsedTime(opening).TotalSeconds > OpenSeconds)
+                {
+                    throw new BenchException($"only {open.Count} connections in {OpenSeconds} s");
+                }
             }
             Thread.Sleep(TimeSpan.FromSeconds(QuietSeconds / 2));
             double cpu = proxy.CpuSeconds();

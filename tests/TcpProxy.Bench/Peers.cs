@@ -101,7 +101,8 @@ internal static class Peers
             "rinetd" => new Peer(name, path, Rinetd)
             {
                 Version = Line(Output([path, "-v"], folder), 0),
-                How = "no log",
+                How = "no log; idle only to 1,000: its select() takes longer with each",
+                MostConnections = 1000,
             },
             "socat" => new Peer(name, path, Socat)
             {

@@ -169,8 +169,8 @@ internal sealed class Report
         {
             Add(text, $"""
 
-                `*` The proxy used less than 80 % of its CPU: the load generator, or waiting for each other,
-                was the limit. It could have done more there: compare the CPU, not the throughput.
+                `*` The proxy used less than 80 % of its CPU: the load generator, waiting for each other, or
+                another program was the limit. It could have done more: compare the CPU, not the throughput.
 
                 """);
         }
@@ -179,7 +179,8 @@ internal sealed class Report
         {
             Add(text, $"""
 
-                During {disturbed} of {_samples.Count} measurements others took over a quarter of a CPU.
+                During {disturbed} of {_samples.Count} measurements others took over a quarter of a CPU:
+                run it again on a quiet machine before quoting it.
 
                 """);
         }
