@@ -68,6 +68,20 @@ public sealed class AbortTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_client_that_finishes_and_then_goes_away_does_not_leave_the_server_waiting()
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        string address = client.Local;
+        client.Finish();
+        await server.ExpectEnd();
+        client.Reset();
+        await server.ExpectBroken();
+        Assert.Equal("CD", (await proxy.Connection(address)).End);
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_client_that_closes_without_reading_the_answer_resets_the_server()
     {
         Upstream upstream = Given.Server();
@@ -135,7 +149,8 @@ public sealed class AbortTests : EndToEndTest
     public async Task Clients_that_leave_while_the_server_is_being_connected_leave_nothing_behind()
     {
         Upstream silent = await Given.Silent();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", silent.Address, "--connect-timeout", "3s", "--retries", "0");
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", silent.Address, "--connect-timeout", "3s", "--retries", "0");
         int before = proxy.Descriptors;
         List<string> addresses = [];
         for (int i = 0; i < 20; i++)

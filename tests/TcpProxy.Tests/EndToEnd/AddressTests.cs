@@ -35,7 +35,8 @@ public sealed class AddressTests : EndToEndTest
 
             // an IPv4 client is written as one, not as ::ffff:127.0.0.1
             LogLine line = await proxy.Connection(client);
-            Assert.Equal(loopback.Equals(IPAddress.Loopback), line["client"].StartsWith("127.0.0.1:", StringComparison.Ordinal));
+            bool isPlain = line["client"].StartsWith("127.0.0.1:", StringComparison.Ordinal);
+            Assert.Equal(loopback.Equals(IPAddress.Loopback), isPlain);
         }
 
         Assert.Equal(listen, (await proxy.Line("listening"))["route"]);
@@ -56,7 +57,8 @@ public sealed class AddressTests : EndToEndTest
                 .ToHashSet());
         foreach (IPAddress own in OwnAddresses())
         {
-            SocketException refused = await Assert.ThrowsAsync<SocketException>(() => Given.Client(new IPEndPoint(own, port)));
+            SocketException refused = await Assert.ThrowsAsync<SocketException>(
+                () => Given.Client(new IPEndPoint(own, port)));
             Assert.Equal(SocketError.ConnectionRefused, refused.SocketErrorCode);
         }
 
@@ -235,20 +237,63 @@ public sealed class AddressTests : EndToEndTest
         await Given.Client(client!).Ask("hello");
         await proxy.Ready();
         Assert.Equal([$"127.0.0.1:{port}"], proxy.Addresses);
+    }
 
-        static Peer? TryConnect(int port)
+    [Fact(Timeout = Quick)]
+    public async Task Several_sockets_of_systemd_are_told_apart_by_their_names()
+    {
+        string activate = Tool.Need("systemd-socket-activate", "systemd");
+        int port = Given.FreePorts(2);
+        Launch launch = new()
         {
-            Socket socket = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
-            try
-            {
-                socket.Connect(IPAddress.Loopback, port);
-                return new Peer(socket);
-            }
-            catch (SocketException)
-            {
-                socket.Dispose();
-                return null;
-            }
+            Before = [activate, "--fdname=one:two", "-l", $"127.0.0.1:{port}", "-l", $"127.0.0.1:{port + 1}"],
+            Chatter = ["Listening on ", "Communication attempt", "Execing "],
+            AwaitReady = false,
+        };
+        Upstream first = Given.Named("first");
+        Upstream second = Given.Named("second");
+        ProxyProcess proxy = await Given.Proxy(
+            launch, "-l", "fd:two", "-u", second.Address, "-l", "fd:one", "-u", first.Address);
+        Peer? client = null;
+        await Wait.Until(() => (client = TryConnect(port)) is not null, "systemd-socket-activate to listen");
+        Assert.Equal("first", await Given.Client(client!).ReceiveLine());
+        await proxy.Ready();
+        Assert.Equal([$"127.0.0.1:{port + 1}", $"127.0.0.1:{port}"], proxy.Addresses);
+        Assert.Equal("second", await (await Given.Client(proxy)).ReceiveLine());
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Two_proxies_do_not_share_an_address()
+    {
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo");
+        Outcome second = await Tool.Proxy(proxy.Addresses[0], "echo");
+        Assert.EndsWith("address already in use", second.ErrLines[^1], StringComparison.Ordinal);
+        Assert.Equal(1, second.Status);
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("127.0.0.1")]
+    [InlineData("::1")]
+    public async Task A_bare_port_wants_both_loopback_addresses(string taken)
+    {
+        int port = Given.FreePorts(1);
+        Given.Server(new IPEndPoint(IPAddress.Parse(taken), port));
+        Outcome outcome = await Tool.Proxy($"{port}", "echo");
+        Assert.EndsWith("address already in use", outcome.ErrLines[^1], StringComparison.Ordinal);
+        Assert.Equal(1, outcome.Status);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_range_of_three_hundred_ports_is_served()
+    {
+        const int Count = 300;
+        int port = Given.FreePorts(Count);
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy($"127.0.0.1:{port}-{port + Count - 1}", upstream.Address);
+        Assert.Equal(Count, proxy.Addresses.Count);
+        foreach (int i in new[] { 0, 150, Count - 1 })
+        {
+            await (await Given.Client(proxy, i)).Ask("hello");
         }
     }
 
@@ -257,7 +302,8 @@ public sealed class AddressTests : EndToEndTest
     {
         const int Length = 30_000_000;
         Pattern pattern = new(9);
-        ProxyProcess proxy = await Given.Proxy("-l", "127.0.0.1:0", "-u", "echo", "-l", "127.0.0.1:0", "-u", "discard");
+        ProxyProcess proxy = await Given.Proxy(
+            "-l", "127.0.0.1:0", "-u", "echo", "-l", "127.0.0.1:0", "-u", "discard");
         Peer echo = await Given.Client(proxy, 0);
         Task sending = echo.Send(pattern, Length);
         await echo.Receive(pattern, Length);
@@ -320,7 +366,8 @@ public sealed class AddressTests : EndToEndTest
     {
         Outcome outcome = await Tool.Proxy("203.0.113.77:0", "echo");
         string line = outcome.ErrLines[^1];
-        Assert.StartsWith("tcpproxy: error: route 203.0.113.77:0: cannot listen on 203.0.113.77:", line, StringComparison.Ordinal);
+        const string Expected = "tcpproxy: error: route 203.0.113.77:0: cannot listen on 203.0.113.77:0: ";
+        Assert.StartsWith(Expected, line, StringComparison.Ordinal);
         Assert.Equal(1, outcome.Status);
     }
 
@@ -334,6 +381,21 @@ public sealed class AddressTests : EndToEndTest
             Peer client = await Given.Client(proxy);
             await client.Ask("hello");
             await proxy.Stop();
+        }
+    }
+
+    private static Peer? TryConnect(int port)
+    {
+        Socket socket = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
+        try
+        {
+            socket.Connect(IPAddress.Loopback, port);
+            return new Peer(socket);
+        }
+        catch (SocketException)
+        {
+            socket.Dispose();
+            return null;
         }
     }
 

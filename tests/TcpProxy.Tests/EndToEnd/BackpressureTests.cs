@@ -24,7 +24,8 @@ public sealed class BackpressureTests : EndToEndTest
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         (Peer writer, Peer reader) = serverStops ? (client, server) : (server, client);
-        await Task.WhenAll(Wait.Apart(() => writer.Send(pattern, Warm)), Wait.Apart(() => reader.Receive(pattern, Warm)));
+        await Task.WhenAll(
+            Wait.Apart(() => writer.Send(pattern, Warm)), Wait.Apart(() => reader.Receive(pattern, Warm)));
         long before = proxy.Resident;
 
         long sent = 0;
@@ -60,7 +61,8 @@ public sealed class BackpressureTests : EndToEndTest
         await Wait.Apart(() => reader.Receive(pattern, Gigabyte, seconds: 200));
         await reader.ExpectEnd();
         await writing;
-        Assert.True(proxy.Resident - before < 6 << 20, $"resident memory went from {before} to {proxy.Resident}");
+        Assert.True(
+            proxy.Resident - before < 6 << 20, $"resident memory went from {before} to {proxy.Resident}");
     }
 
     [Fact(Timeout = Slow)]

@@ -55,7 +55,8 @@ public sealed class BulkTests : EndToEndTest
         int seed = Random.Shared.Next();
         Upstream upstream = Given.Echo();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
-        long[] lengths = await Task.WhenAll(Enumerable.Range(0, 200).Select(i => Wait.Apart(() => Exchange(seed + i))));
+        long[] lengths = await Task.WhenAll(
+            Enumerable.Range(0, 200).Select(i => Wait.Apart(() => Exchange(seed + i))));
 
         List<LogLine> lines = await proxy.LinesOf("connection", 200);
         Assert.Equal(lengths.Sum(), lines.Sum(l => l.BytesUp));
@@ -73,7 +74,8 @@ public sealed class BulkTests : EndToEndTest
                 Task receiving = client.Receive(pattern, length);
                 for (long at = 0; at < length;)
                 {
-                    int count = (int)Math.Min(length - at, random.Next(1, random.Next(2) == 0 ? 2_000 : 200_000));
+                    int count = (int)Math.Min(
+                        length - at, random.Next(1, random.Next(2) == 0 ? 2_000 : 200_000));
                     await client.Send(pattern, count, at);
                     at += count;
                     if (random.Next(3) == 0)

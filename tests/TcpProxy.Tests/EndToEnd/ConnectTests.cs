@@ -123,9 +123,11 @@ public sealed class ConnectTests : EndToEndTest
     [InlineData("::1")]
     public async Task Of_two_addresses_of_a_name_the_one_that_listens_is_found(string listening)
     {
-        Names names = await Names.Hosts(Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
+        Names names = await Names.Hosts(
+            Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
         Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), 0));
-        ProxyProcess proxy = await Given.Proxy(names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}", "--retries", "0");
+        ProxyProcess proxy = await Given.Proxy(
+            names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}", "--retries", "0");
         proxy.Tolerate("resolve");
         Peer client = await Given.Client(proxy);
         await client.Ask("hello");
@@ -139,9 +141,11 @@ public sealed class ConnectTests : EndToEndTest
     [Theory(Timeout = Quick)]
     [InlineData("127.0.0.1", "::1")]
     [InlineData("::1", "127.0.0.1")]
-    public async Task A_silent_address_of_a_name_costs_less_than_the_connect_timeout(string silent, string listening)
+    public async Task A_silent_address_of_a_name_costs_less_than_the_connect_timeout(
+        string silent, string listening)
     {
-        Names names = await Names.Hosts(Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
+        Names names = await Names.Hosts(
+            Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
         Upstream dead = await Given.Silent(IPAddress.Parse(silent));
         Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), dead.Port));
         ProxyProcess proxy = await Given.Proxy(names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}");

@@ -26,6 +26,9 @@ public sealed class DescriptorTests : EndToEndTest
             Assert.InRange(200 - refused, 5, 60);
             await Task.WhenAll(clients.Where((_, i) => served[i]).Select(c => c.Ask("still there")));
             await proxy.LinesOf("exhausted", round);
+            double before = proxy.Processor;
+            await Wait.Pause(1_000);
+            Assert.InRange(proxy.Processor - before, 0, 300);
             Array.ForEach(clients, c => c.Dispose());
 
             await Wait.Until(() => proxy.Descriptors < 50, "the descriptors to be given back");
@@ -71,7 +74,8 @@ public sealed class DescriptorTests : EndToEndTest
         Upstream upstream = Given.Echo();
         Launch low = new() { Before = ["sh", "-c", "ulimit -S -n 64; exec \"$0\" \"$@\""] };
         ProxyProcess proxy = await Given.Proxy(low, "127.0.0.1:0", upstream.Address);
-        string limits = File.ReadLines($"/proc/{proxy.Id}/limits").First(l => l.StartsWith("Max open files", StringComparison.Ordinal));
+        string limits = File.ReadLines($"/proc/{proxy.Id}/limits").First(
+            l => l.StartsWith("Max open files", StringComparison.Ordinal));
         string[] words = limits.Split(' ', StringSplitOptions.RemoveEmptyEntries);
         Assert.Equal(words[4], words[3]);
         Peer[] clients = await Task.WhenAll(Enumerable.Range(0, 200).Select(_ => Given.Client(proxy)));

@@ -1,6 +1,7 @@
 using System;
 using System.Collections.Generic;
 using System.Diagnostics;
+using System.Globalization;
 using System.IO;
 using System.Linq;
 using System.Net;
@@ -116,7 +117,7 @@ public sealed class ForwardingTests : EndToEndTest
         Stopwatch clock = Stopwatch.StartNew();
         for (int i = 0; i < 100; i++)
         {
-            // two small writes before an answer: Nagle and delayed ACK on the proxy's side would cost 40 ms each time
+            // two small writes before an answer: Nagle and a delayed ACK would cost 40 ms each time
             await client.Send("a");
             await client.Send("b");
             await client.ReceiveText("ab");
@@ -157,7 +158,7 @@ public sealed class ForwardingTests : EndToEndTest
     {
         Upstream web = Given.Server(Web.Serve);
         ProxyProcess proxy = await Given.Proxy(
-            "127.0.0.1", "0", "127.0.0.1", web.Port.ToString(System.Globalization.CultureInfo.InvariantCulture));
+            "127.0.0.1", "0", "127.0.0.1", $"{web.Port}");
         using SocketsHttpHandler handler = new() { MaxConnectionsPerServer = 6, UseProxy = false };
         using HttpClient browser = new(handler) { BaseAddress = new Uri($"http://127.0.0.1:{proxy.Port}/") };
 
@@ -251,7 +252,8 @@ internal static class Web
                 // headers do not matter here
             }
 
-            int length = int.Parse(request.Split(' ')[1].Split('/')[^1], System.Globalization.CultureInfo.InvariantCulture);
+            string size = request.Split(' ')[1].Split('/')[^1];
+            int length = int.Parse(size, CultureInfo.InvariantCulture);
             string head = $"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nContent-Type: text/plain\r\n\r\n";
             await stream.WriteAsync(Encoding.ASCII.GetBytes(head + Body(length)));
         }

@@ -9,7 +9,9 @@ using Xunit;
 
 namespace TcpProxy.Tests;
 
-/// <summary>The base of every black-box test: what the test starts through <see cref="Given"/> ends with it.</summary>
+/// <summary>
+/// The base of every black-box test: what the test starts through <see cref="Given"/> ends with it.
+/// </summary>
 public abstract class EndToEndTest : IAsyncLifetime
 {
     protected const int Quick = 60_000;
@@ -30,7 +32,9 @@ public abstract class EndToEndTest : IAsyncLifetime
 [CollectionDefinition("heavy", DisableParallelization = true)]
 public sealed class HeavyTests;
 
-/// <summary>Starts proxies, servers and clients on free loopback ports and closes them all at the end of the test.</summary>
+/// <summary>
+/// Starts proxies, servers and clients on free loopback ports and closes them all at the end of the test.
+/// </summary>
 internal sealed class Given : IAsyncDisposable
 {
     private readonly List<ProxyProcess> _proxies = [];
@@ -54,7 +58,8 @@ internal sealed class Given : IAsyncDisposable
 
     public async Task<ProxyProcess> Proxy(Launch launch, params string[] arguments)
     {
-        ProxyProcess proxy = new(launch, Directory.CreateDirectory(Path($"proxy{_proxies.Count}")).FullName, arguments);
+        ProxyProcess proxy = new(
+            launch, Directory.CreateDirectory(Path($"proxy{_proxies.Count}")).FullName, arguments);
         _proxies.Add(proxy);
         if (launch.AwaitReady)
         {
@@ -64,7 +69,9 @@ internal sealed class Given : IAsyncDisposable
         return proxy;
     }
 
-    /// <summary>A server whose connections the test takes by hand with <see cref="Upstream.Accept"/>.</summary>
+    /// <summary>
+    /// A server whose connections the test takes by hand with <see cref="Upstream.Accept"/>.
+    /// </summary>
     public Upstream Server(EndPoint? at = null, int backlog = 512) => Server(null, at, backlog);
 
     /// <summary>A server that runs <paramref name="serve"/> for each connection.</summary>
@@ -77,7 +84,9 @@ internal sealed class Given : IAsyncDisposable
 
     public Upstream Echo(EndPoint? at = null) => Server(Upstream.EchoAsync, at);
 
-    /// <summary>A server that greets every client with one line that tells it from the others, then echoes.</summary>
+    /// <summary>
+    /// A server that greets every client with one line that tells it from the others, then echoes.
+    /// </summary>
     public Upstream Named(string name, EndPoint? at = null) => Server(
         async peer =>
         {
@@ -86,7 +95,8 @@ internal sealed class Given : IAsyncDisposable
         },
         at);
 
-    public async Task<Peer> Client(EndPoint to, EndPoint? from = null) => Client(await Peer.Connect(to, from));
+    public async Task<Peer> Client(EndPoint to, EndPoint? from = null) =>
+        Client(await Peer.Connect(to, from));
 
     /// <summary>A connection that the test has made itself.</summary>
     public Peer Client(Peer peer)
@@ -102,7 +112,8 @@ internal sealed class Given : IAsyncDisposable
     public Task<Peer> Client(ProxyProcess proxy, int listen = 0) => Client(proxy.Endpoint(listen));
 
     /// <summary>Both ends of one connection through the proxy.</summary>
-    public async Task<(Peer Client, Peer Server)> Bridge(ProxyProcess proxy, Upstream upstream, int listen = 0)
+    public async Task<(Peer Client, Peer Server)> Bridge(
+        ProxyProcess proxy, Upstream upstream, int listen = 0)
     {
         Task<Peer> accepted = upstream.Accept();
         Peer client = await Client(proxy, listen);
@@ -137,7 +148,9 @@ internal sealed class Given : IAsyncDisposable
         return ((IPEndPoint)bound.LocalEndPoint!).Port;
     }
 
-    /// <summary>The first of <paramref name="count"/> consecutive free ports, below those that the system hands out.</summary>
+    /// <summary>
+    /// The first of <paramref name="count"/> consecutive free ports, below those that the system hands out.
+    /// </summary>
     public static int FreePorts(int count)
     {
         while (true)
@@ -147,7 +160,8 @@ internal sealed class Given : IAsyncDisposable
             {
                 for (int i = 0; i < count; i++)
                 {
-                    using Socket probe = new(AddressFamily.InterNetworkV6, SocketType.Stream, ProtocolType.Tcp);
+                    using Socket probe = new(
+                        AddressFamily.InterNetworkV6, SocketType.Stream, ProtocolType.Tcp);
                     probe.DualMode = true;
                     probe.ExclusiveAddressUse = true;
                     probe.Bind(new IPEndPoint(IPAddress.IPv6Any, first + i));
@@ -233,13 +247,17 @@ internal static class Wait
         }
     }
 
-    /// <summary>Lets time pass where time itself is what a test is about, or asks again in a moment.</summary>
-    public static Task Pause(int milliseconds) => Task.Delay(milliseconds, TestContext.Current.CancellationToken);
+    /// <summary>
+    /// Lets time pass where time itself is what a test is about, or asks again in a moment.
+    /// </summary>
+    public static Task Pause(int milliseconds) =>
+        Task.Delay(milliseconds, TestContext.Current.CancellationToken);
 
     /// <summary>Does something on a thread of its own choosing, beside the test.</summary>
     public static Task Apart(Func<Task> action) => Task.Run(action, TestContext.Current.CancellationToken);
 
-    public static Task<T> Apart<T>(Func<Task<T>> action) => Task.Run(action, TestContext.Current.CancellationToken);
+    public static Task<T> Apart<T>(Func<Task<T>> action) =>
+        Task.Run(action, TestContext.Current.CancellationToken);
 
     /// <summary>Does something so many times, some of them at once.</summary>
     public static Task Many(int count, int atOnce, Func<int, Task> action) => Parallel.ForAsync(

@@ -42,7 +42,8 @@ public sealed class LimitTests : EndToEndTest
     {
         Pattern pattern = new(quota);
         Upstream upstream = Given.Server();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-bytes-down", $"{quota}");
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", upstream.Address, "--max-bytes-down", $"{quota}");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         Task sending = SendMore(server, pattern, quota + 100_000L);
         await client.Receive(pattern, quota);
@@ -99,7 +100,8 @@ public sealed class LimitTests : EndToEndTest
             Stopwatch clock = Stopwatch.StartNew();
             Peer third = await Given.Client(proxy);
             await third.ExpectEnd();
-            Assert.True(clock.ElapsedMilliseconds < 2_000, $"disconnected after {clock.ElapsedMilliseconds} ms");
+            Assert.True(
+                clock.ElapsedMilliseconds < 2_000, $"disconnected after {clock.ElapsedMilliseconds} ms");
             LogLine line = await proxy.Connection(third);
             Assert.Equal(("PC", "connection limit", "-"), (line.End, line.Reason, line["server"]));
         }
@@ -111,6 +113,43 @@ public sealed class LimitTests : EndToEndTest
         await proxy.Connection(first);
         Peer next = await Given.Client(proxy);
         await next.Ask("a place is free");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task The_built_in_servers_have_quotas_too()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "-l", "127.0.0.1:0", "-u", "echo", "--max-bytes-up", "3",
+            "-l", "127.0.0.1:0", "-u", "echo", "--max-bytes-down", "3",
+            "-l", "127.0.0.1:0", "-u", "discard", "--max-bytes-up", "3");
+        string[] reasons = ["byte quota up", "byte quota down", "byte quota up"];
+        for (int i = 0; i < reasons.Length; i++)
+        {
+            Peer client = await Given.Client(proxy, i);
+            await client.Send("hello");
+            (byte[] data, _) = await client.Drain(10);
+            Assert.Equal(i == 2 ? "" : "hel", Encoding.ASCII.GetString(data));
+            LogLine line = await proxy.Connection(client);
+            Assert.Equal(("PD", reasons[i]), (line.End, line.Reason));
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Before_the_first_listen_the_connection_limit_bounds_all_routes_together()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "--max-connections", "3",
+            "-l", "127.0.0.1:0", "-u", "echo", "-l", "127.0.0.1:0", "-u", "echo", "--max-connections", "1");
+        Peer first = await Given.Client(proxy, 0);
+        await first.Ask("hello");
+        await (await Given.Client(proxy, 1)).Ask("hello");
+        await (await Given.Client(proxy, 1)).ExpectEnd();
+        await (await Given.Client(proxy, 0)).Ask("hello");
+        await (await Given.Client(proxy, 0)).ExpectEnd();
+        first.Finish();
+        await first.ExpectEnd();
+        await proxy.Connection(first);
+        await (await Given.Client(proxy, 0)).Ask("hello");
     }
 
     [Fact(Timeout = Quick)]

@@ -35,7 +35,8 @@ internal sealed class LogLine
 
     public bool Has(string key) => _values.ContainsKey(key);
 
-    public long Number(string key) => long.Parse(this[key], NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture);
+    public long Number(string key) =>
+        long.Parse(this[key], NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture);
 
     public static LogLine Parse(string raw)
     {

@@ -38,7 +38,10 @@ public sealed class LoggingTests : EndToEndTest
         Assert.Equal(Keys, line.Keys);
         Assert.Equal(format == "json", line.Raw.StartsWith('{'));
         DateTimeOffset time = DateTimeOffset.ParseExact(
-            line["time"], "yyyy-MM-dd'T'HH:mm:ss.fff'Z'", CultureInfo.InvariantCulture, DateTimeStyles.AssumeUniversal);
+            line["time"],
+            "yyyy-MM-dd'T'HH:mm:ss.fff'Z'",
+            CultureInfo.InvariantCulture,
+            DateTimeStyles.AssumeUniversal);
         Assert.InRange(time, start.AddSeconds(-1), DateTimeOffset.UtcNow.AddSeconds(1));
         Assert.Equal(("info", "connection", "my route"), (line.Level, line.Event, line["route"]));
         Assert.Equal((client.Local, $"localhost:{upstream.Port}"), (line["client"], line["upstream"]));
@@ -60,7 +63,8 @@ public sealed class LoggingTests : EndToEndTest
     [InlineData("json")]
     public async Task A_failed_connection_has_the_same_keys(string format)
     {
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", $"127.0.0.1:{Given.RefusingPort()}", "--log", format);
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", $"127.0.0.1:{Given.RefusingPort()}", "--log", format);
         Peer client = await Given.Client(proxy);
         await client.ExpectReset();
         LogLine line = await proxy.Connection(client);
@@ -98,7 +102,8 @@ public sealed class LoggingTests : EndToEndTest
     {
         Upstream upstream = Given.Echo();
         Names names = await Names.Hosts(Given, "127.0.0.1 server.example");
-        ProxyProcess proxy = await Given.Proxy(names.Launch, "127.0.0.1:0", $"server.example:{upstream.Port}", "-v");
+        ProxyProcess proxy = await Given.Proxy(
+            names.Launch, "127.0.0.1:0", $"server.example:{upstream.Port}", "-v");
         await Converse(proxy);
         await proxy.Connection();
         Assert.Equal(0, await proxy.Stop());
@@ -115,6 +120,71 @@ public sealed class LoggingTests : EndToEndTest
         await Converse(proxy);
         Assert.Equal(0, await proxy.Stop());
         Assert.Equal(string.Empty, proxy.RawLog);
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("text")]
+    [InlineData("json")]
+    public async Task What_people_type_is_escaped(string format)
+    {
+        const string Name = "a \"quoted\" = name\nlevel=error event=fake \\ \u001b[31m \u00e9 \ud83d\ude00";
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--name", Name, "--log", format);
+        await Converse(proxy);
+        LogLine line = await proxy.Connection();
+        Assert.Equal(Name, line["route"]);
+        Assert.DoesNotContain(line.Raw, char.IsControl);
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("2>&-")]
+    [InlineData("<&- >&- 2>&-")]
+    [InlineData("2>/dev/full")]
+    public async Task Without_a_stderr_to_write_to_it_serves_all_the_same(string streams)
+    {
+        // a descriptor of that number may belong to somebody else by then: nothing may be written to it
+        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" {streams}"] };
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", upstream.Address);
+        for (int i = 0; i < 20; i++)
+        {
+            await Converse(proxy);
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_log_whose_reader_has_gone_stops_nobody()
+    {
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy(
+            new Launch { ReadLog = false }, "127.0.0.1:0", upstream.Address);
+        proxy.CloseLog();
+        for (int i = 0; i < 20; i++)
+        {
+            await Converse(proxy);
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_log_file_that_is_full_stops_nobody()
+    {
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--log-file", "/dev/full");
+        await Converse(proxy);
+    }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("--log-file")]
+    [InlineData("--pid-file")]
+    public async Task A_file_that_cannot_be_written_is_an_error_and_nothing_is_left(string option)
+    {
+        string ports = Given.Path("ports");
+        string socket = Given.Path("front.sock");
+        Outcome outcome = await Tool.Proxy(
+            "--port-file", ports, $"unix:{socket}", "echo", "-q", option, "/nonexistent/file");
+        string line = Assert.Single(outcome.ErrLines);
+        Assert.StartsWith("tcpproxy: error: ", line, StringComparison.Ordinal);
+        Assert.Contains("/nonexistent/file", line, StringComparison.Ordinal);
+        Assert.Equal(1, outcome.Status);
+        Assert.Empty(Directory.GetFileSystemEntries(Given.Folder));
     }
 
     [Fact(Timeout = Quick)]

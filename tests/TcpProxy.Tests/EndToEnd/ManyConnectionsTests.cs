@@ -60,7 +60,8 @@ public sealed class ManyConnectionsTests : EndToEndTest
         await OpenAndClose(15_000);
         await Wait.Until(() => proxy.Descriptors <= descriptors + 2, "the descriptors to be given back");
         Assert.True(proxy.Threads <= threads + 4, $"from {threads} threads to {proxy.Threads}");
-        Assert.True(proxy.Resident - memory < 4 << 20, $"resident memory went from {memory} to {proxy.Resident}");
+        Assert.True(
+            proxy.Resident - memory < 4 << 20, $"resident memory went from {memory} to {proxy.Resident}");
 
         // half of the clients finish in order, half reset: neither may leave anything
         Task OpenAndClose(int count) =>
@@ -77,6 +78,32 @@ public sealed class ManyConnectionsTests : EndToEndTest
                 client.Finish();
                 await client.ExpectEnd();
             });
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task Connections_that_wait_cost_no_processor_time()
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        for (int i = 0; i < 100; i++)
+        {
+            (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+            await client.Exchange(server, "ping", "pong");
+            if (i % 3 == 0)
+            {
+                client.Finish();
+                await server.ExpectEnd();
+            }
+            else if (i % 3 == 1)
+            {
+                server.Finish();
+                await client.ExpectEnd();
+            }
+        }
+
+        double before = proxy.Processor;
+        await Wait.Pause(3_000);
+        Assert.InRange(proxy.Processor - before, 0, 90);
     }
 
     private static void NeedDescriptors(int count)

@@ -1,7 +1,6 @@
 using System;
 using System.Net;
 using System.Net.Sockets;
-using System.Text;
 using System.Threading;
 using System.Threading.Tasks;
 using Xunit;
@@ -22,10 +21,12 @@ internal sealed class Names : IDisposable
     {
         _answers = answers;
         _server = new Socket(AddressFamily.InterNetwork, SocketType.Dgram, ProtocolType.Udp);
-        IPAddress address = new([127, (byte)Random.Shared.Next(1, 255), (byte)Random.Shared.Next(1, 255), 53]);
+        IPAddress address = new(
+            [127, (byte)Random.Shared.Next(1, 255), (byte)Random.Shared.Next(1, 255), 53]);
         _server.Bind(new IPEndPoint(address, 53));
         string hostsFile = given.Write("hosts", string.Join('\n', hosts) + "\n");
-        string resolver = given.Write("resolv.conf", $"nameserver {address}\noptions timeout:30 attempts:1\n");
+        string resolver = given.Write(
+            "resolv.conf", $"nameserver {address}\noptions timeout:30 attempts:1\n");
         string script = $"mount --bind {hostsFile} /etc/hosts && mount --bind {resolver} /etc/resolv.conf"
             + " && exec \"$0\" \"$@\"";
         Launch = new Launch { Before = ["unshare", "-m", "sh", "-c", script] };
@@ -42,7 +43,8 @@ internal sealed class Names : IDisposable
     public static Task<Names> Hosts(Given given, params string[] lines) => Make(given, lines, answers: true);
 
     /// <summary>These lines of /etc/hosts; the name server answers nothing else, ever.</summary>
-    public static Task<Names> SilentServer(Given given, params string[] lines) => Make(given, lines, answers: false);
+    public static Task<Names> SilentServer(Given given, params string[] lines) =>
+        Make(given, lines, answers: false);
 
     public void Dispose() => _server?.Dispose();
 
@@ -68,7 +70,7 @@ internal sealed class Names : IDisposable
                 if (_answers)
                 {
                     // the same question back, with QR, RD, RA and NXDOMAIN, without additional records
-                    int end = 12 + Encoding.Latin1.GetString(packet, 12, got.ReceivedBytes - 12).IndexOf('\0') + 5;
+                    int end = 12 + packet.AsSpan(12).IndexOf((byte)0) + 5;
                     (packet[2], packet[3]) = (0x81, 0x83);
                     packet.AsSpan(6, 6).Clear();
                     await _server.SendToAsync(packet.AsMemory(0, end), got.RemoteEndPoint);

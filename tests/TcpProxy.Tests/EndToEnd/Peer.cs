@@ -2,6 +2,7 @@ using System;
 using System.IO;
 using System.Net;
 using System.Net.Sockets;
+using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
 using System.Threading.Tasks;
@@ -19,13 +20,18 @@ internal sealed class Peer(Socket socket) : IDisposable
     /// <summary>Our own address, as the proxy's log writes it.</summary>
     public string Local => Socket.LocalEndPoint!.ToString()!;
 
-    /// <summary>Sends some of the data, as much as there is room for; waits for room as long as it takes.</summary>
+    /// <summary>
+    /// Sends some of the data, as much as there is room for; waits for room as long as it takes.
+    /// </summary>
     public async Task<int> SendSome(ReadOnlyMemory<byte> data) => await Socket.SendAsync(data);
+
+    public async Task<int> ReceiveSome(Memory<byte> buffer) => await Socket.ReceiveAsync(buffer);
 
     public static async Task<Peer> Connect(EndPoint to, EndPoint? from = null)
     {
         bool unix = to.AddressFamily == AddressFamily.Unix;
-        Socket socket = new(to.AddressFamily, SocketType.Stream, unix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+        Socket socket = new(
+            to.AddressFamily, SocketType.Stream, unix ? ProtocolType.Unspecified : ProtocolType.Tcp);
         try
         {
             if (from is not null)
@@ -197,7 +203,10 @@ internal sealed class Peer(Socket socket) : IDisposable
     }
 }
 
-/// <summary>An endless stream of bytes of which each can be foretold from its position: no swap or repeat goes unseen.</summary>
+/// <summary>
+/// An endless stream of bytes of which each can be foretold from its position: no swap or repeat goes
+/// unseen.
+/// </summary>
 internal sealed class Pattern(int seed)
 {
     private readonly ulong _seed = (ulong)seed * 0xD1342543DE82EF95;
@@ -209,7 +218,7 @@ internal sealed class Pattern(int seed)
             int into = (int)(offset & 7);
             if (into == 0 && destination.Length >= 8)
             {
-                Span<ulong> words = System.Runtime.InteropServices.MemoryMarshal.Cast<byte, ulong>(destination);
+                Span<ulong> words = MemoryMarshal.Cast<byte, ulong>(destination);
                 ulong index = (ulong)offset >> 3;
                 for (int i = 0; i < words.Length; i++)
                 {

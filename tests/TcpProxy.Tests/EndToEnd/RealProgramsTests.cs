@@ -10,7 +10,9 @@ using Xunit;
 
 namespace TcpProxy.Tests;
 
-/// <summary>Programs that people use, through the proxy and without it: the results must be the same.</summary>
+/// <summary>
+/// Programs that people use, through the proxy and without it: the results must be the same.
+/// </summary>
 [Collection("heavy")]
 public sealed class RealProgramsTests : EndToEndTest
 {
@@ -29,7 +31,8 @@ public sealed class RealProgramsTests : EndToEndTest
 
         (await Tool.Run(
             openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-            "-addext", "subjectAltName=DNS:localhost", "-keyout", Given.Path("key.pem"), "-out", Given.Path("cert.pem"))).Good();
+            "-addext", "subjectAltName=DNS:localhost", "-keyout", Given.Path("key.pem"),
+            "-out", Given.Path("cert.pem"))).Good();
         int port = Given.FreePorts(1);
         string user = Tool.IsRoot ? "user root;" : string.Empty;
         string configuration = Given.Write(
@@ -38,7 +41,9 @@ public sealed class RealProgramsTests : EndToEndTest
             daemon off; pid {{Given.Path("nginx.pid")}}; error_log stderr; {{user}}
             events { worker_connections 512; }
             http {
-              access_log off; client_body_temp_path {{Given.Path("body")}}; proxy_temp_path {{Given.Path("proxy")}};
+              access_log off;
+              client_body_temp_path {{Given.Path("body")}};
+              proxy_temp_path {{Given.Path("proxy")}};
               fastcgi_temp_path {{Given.Path("fcgi")}}; uwsgi_temp_path {{Given.Path("uwsgi")}};
               scgi_temp_path {{Given.Path("scgi")}};
               server {
@@ -55,7 +60,8 @@ public sealed class RealProgramsTests : EndToEndTest
         {
             List<string> words =
             [
-                "--silent", "--show-error", "--fail", protocol, "--parallel", "--cacert", Given.Path("cert.pem"),
+                "--silent", "--show-error", "--fail", protocol, "--parallel",
+                "--cacert", Given.Path("cert.pem"),
                 "--connect-to", $"localhost:{port}:127.0.0.1:{proxy.Port}",
             ];
             foreach (int size in sizes)
@@ -86,7 +92,11 @@ public sealed class RealProgramsTests : EndToEndTest
         string[] direct = ["-h", "127.0.0.1", "-p", Text(port)];
 
         string report = (await Tool.Run(
-            benchmark, [.. through, "-n", "200000", "-c", "50", "-P", "32", "-d", "1000", "-r", "10000", "-t", "set,get", "--csv"],
+            benchmark,
+            [
+                .. through, "-n", "200000", "-c", "50", "-P", "32", "-d", "1000", "-r", "10000",
+                "-t", "set,get", "--csv",
+            ],
             120)).Good();
         Assert.Contains("\"SET\"", report, StringComparison.Ordinal);
         Assert.Contains("\"GET\"", report, StringComparison.Ordinal);
@@ -101,7 +111,8 @@ public sealed class RealProgramsTests : EndToEndTest
         Assert.Contains("errors: 0, replies: 50000", piped, StringComparison.Ordinal);
         Assert.Equal("value49999\n", (await Tool.Run(cli, [.. direct, "get", "pipe49999"])).Good());
         Assert.Equal(
-            (await Tool.Run(cli, [.. direct, "dbsize"])).Good(), (await Tool.Run(cli, [.. through, "dbsize"])).Good());
+            (await Tool.Run(cli, [.. direct, "dbsize"])).Good(),
+            (await Tool.Run(cli, [.. through, "dbsize"])).Good());
     }
 
     [Fact(Timeout = Slow)]
@@ -128,7 +139,8 @@ public sealed class RealProgramsTests : EndToEndTest
             prefix = [runuser, "-u", "postgres", "--"];
         }
 
-        string[] make = [.. prefix, initdb, "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"];
+        string[] make =
+            [.. prefix, initdb, "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"];
         (await Tool.Run(make[0], make[1..], 60, data)).Good();
         int port = Given.FreePorts(1);
         string[] serve =
@@ -153,7 +165,8 @@ public sealed class RealProgramsTests : EndToEndTest
             Random random = new(5);
             for (int i = 0; i < Rows; i++)
             {
-                writer.Write($"{i},{random.NextInt64()},{new string((char)('a' + (i % 26)), random.Next(150))}\n");
+                writer.Write(
+                    $"{i},{random.NextInt64()},{new string((char)('a' + (i % 26)), random.Next(150))}\n");
             }
         }
 
@@ -162,10 +175,12 @@ public sealed class RealProgramsTests : EndToEndTest
         await Psql(through, $"\\copy (select * from t order by id) to '{Given.Path("through.csv")}' csv");
         await Psql(direct, $"\\copy (select * from t order by id) to '{Given.Path("direct.csv")}' csv");
         Assert.Equal(Hash(Given.Path("direct.csv")), Hash(Given.Path("through.csv")));
-        Assert.Equal(await Psql(direct, "select count(*), sum(n) from t"), await Psql(through, "select count(*), sum(n) from t"));
+        const string Sums = "select count(*), sum(n) from t";
+        Assert.Equal(await Psql(direct, Sums), await Psql(through, Sums));
 
         async Task<string> Psql(string to, string command) =>
-            (await Tool.Run(psql, ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", to, "-c", command], 120)).Good();
+            (await Tool.Run(
+                psql, ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", to, "-c", command], 120)).Good();
     }
 
     [Fact(Timeout = Slow)]
@@ -224,7 +239,8 @@ public sealed class RealProgramsTests : EndToEndTest
         ];
 
         async Task Copy(int to, string from, string target) =>
-            (await Tool.Run(rsync, ["-a", "-e", $"ssh {string.Join(' ', Shell(to))}", from, target], 120)).Good();
+            (await Tool.Run(
+                rsync, ["-a", "-e", $"ssh {string.Join(' ', Shell(to))}", from, target], 120)).Good();
     }
 
     private static string Text(int number) => number.ToString(CultureInfo.InvariantCulture);

@@ -45,7 +45,8 @@ public sealed class StalledLogTests : EndToEndTest
     public async Task A_log_that_nobody_reads_does_not_hold_up_the_end()
     {
         Upstream upstream = Given.Echo();
-        ProxyProcess proxy = await Given.Proxy(new Launch { ReadLog = false, MayBreakOff = true }, "127.0.0.1:0", upstream.Address);
+        ProxyProcess proxy = await Given.Proxy(
+            new Launch { ReadLog = false, MayBreakOff = true }, "127.0.0.1:0", upstream.Address);
         await Wait.Many(1_500, 32, async i =>
         {
             using Peer client = await Peer.Connect(proxy.Endpoint());

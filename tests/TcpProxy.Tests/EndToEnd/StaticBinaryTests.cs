@@ -68,14 +68,15 @@ public sealed class StaticBinaryTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task From_start_to_the_first_relayed_byte_it_takes_a_moment()
     {
-        // the bound is 5 ms; the best of several tells what the program costs, the others what the machine was doing
+        // the best of several tells what the program costs, the others what the machine was doing
         double best = double.MaxValue;
         Upstream upstream = Given.Echo();
         for (int i = 0; i < 10; i++)
         {
             int port = Given.FreePorts(1);
             Stopwatch clock = Stopwatch.StartNew();
-            ProxyProcess proxy = await Given.Proxy(new Launch { AwaitReady = false }, $"127.0.0.1:{port}", upstream.Address);
+            ProxyProcess proxy = await Given.Proxy(
+                new Launch { AwaitReady = false }, $"127.0.0.1:{port}", upstream.Address);
             Peer? client = null;
             while (client is null)
             {
@@ -95,7 +96,8 @@ public sealed class StaticBinaryTests : EndToEndTest
             await proxy.Stop();
         }
 
-        TestContext.Current.TestOutputHelper?.WriteLine($"{best:0.0} ms from the start to the first byte, fork and exec included");
+        TestContext.Current.TestOutputHelper?.WriteLine(
+            $"{best:0.0} ms from the start to the first byte, fork and exec included");
         Assert.True(best < 40, $"{best:0.0} ms from the start to the first byte");
     }
 

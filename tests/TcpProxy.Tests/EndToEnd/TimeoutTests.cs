@@ -24,6 +24,18 @@ public sealed class TimeoutTests : EndToEndTest
     }
 
     [Theory(Timeout = Quick)]
+    [InlineData("echo")]
+    [InlineData("discard")]
+    public async Task The_built_in_servers_have_an_idle_timeout_too(string server)
+    {
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", server, "--idle-timeout", "1s");
+        Peer client = await Given.Client(proxy);
+        await client.Send("hello");
+        await client.ExpectReset();
+        Assert.Equal(("cD", "idle timeout"), await EndOf(proxy, client));
+    }
+
+    [Theory(Timeout = Quick)]
     [InlineData(true)]
     [InlineData(false)]
     public async Task Traffic_in_one_direction_is_enough_to_stay(bool up)
@@ -92,12 +104,23 @@ public sealed class TimeoutTests : EndToEndTest
             {
                 Assert.True(tries < 50, $"no keepalive timer: {filter}");
                 await Wait.Pause(200);
-                string text = (await Tool.Run(ss, "-H", "-t", "-n", "-o", "state", "established", filter)).Good();
+                string text = (
+                    await Tool.Run(ss, "-H", "-t", "-n", "-o", "state", "established", filter)).Good();
                 timer = Regex.Match(text, @"timer:\(keepalive,(\d+)sec");
             }
 
             Assert.InRange(int.Parse(timer.Groups[1].Value, CultureInfo.InvariantCulture), 30, 50);
         }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task The_built_in_servers_have_a_lifetime_too()
+    {
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--max-lifetime", "1s");
+        Peer client = await Given.Client(proxy);
+        await client.Ask("hello");
+        await client.ExpectReset();
+        Assert.Equal(("PD", "max lifetime"), await EndOf(proxy, client));
     }
 
     [Fact(Timeout = Quick)]
@@ -108,7 +131,14 @@ public sealed class TimeoutTests : EndToEndTest
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--keepalive", "off");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         await client.Exchange(server, "ping", "pong");
-        string text = (await Tool.Run(ss, "-H", "-t", "-n", "-o", "state", "established", $"sport = :{proxy.Port}")).Good();
+        string text = (await Tool.Run(
+            ss, "-H", "-t", "-n", "-o", "state", "established", $"sport = :{proxy.Port}")).Good();
         Assert.DoesNotContain("keepalive", text, StringComparison.Ordinal);
+    }
+
+    private static async Task<(string End, string Reason)> EndOf(ProxyProcess proxy, Peer client)
+    {
+        LogLine line = await proxy.Connection(client);
+        return (line.End, line.Reason);
     }
 }

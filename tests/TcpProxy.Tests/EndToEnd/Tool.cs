@@ -112,7 +112,8 @@ internal static class Tool
             {
                 lock (said)
                 {
-                    TestContext.Current.TestOutputHelper?.WriteLine($"$ {program}\n{string.Join('\n', said.TakeLast(40))}");
+                    TestContext.Current.TestOutputHelper?.WriteLine(
+                        $"$ {program}\n{string.Join('\n', said.TakeLast(40))}");
                 }
             }
 

@@ -21,7 +21,8 @@ internal sealed class Upstream : IDisposable
     public Upstream(EndPoint at, Func<Peer, Task>? serve, int backlog)
     {
         bool unix = at.AddressFamily == AddressFamily.Unix;
-        _socket = new Socket(at.AddressFamily, SocketType.Stream, unix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+        _socket = new Socket(
+            at.AddressFamily, SocketType.Stream, unix ? ProtocolType.Unspecified : ProtocolType.Tcp);
         _serve = serve;
         _socket.Bind(at);
         _socket.Listen(backlog);
