@@ -91,10 +91,10 @@ internal static class Program
             return settings.Command switch
             {
                 Command.ShortHelp => Print(Help.Short()),
-                Command.Help => Print(Help.Full()),
+                Command.FullHelp => Print(Help.Full()),
                 Command.Version => Print($"tcpproxy {Help.Version}\n"),
                 Command.CheckConfig => Print($"configuration is valid: {Text.Count(settings.Routes.Count, "route")}\n"),
-                Command.WaitFor => await Dialer.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
+                Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
                 _ => await RunAsync(settings),
             };
@@ -140,17 +140,6 @@ internal static class Program
 // An option is one row of Option.Table. The parser, both helps, the configuration file and the README's reference
 // (Unit/ReadmeTests.cs) are made from that row. Anything wrong in what was typed is a FormatException whose message
 // is the line that the user reads: where, what was wrong, what was probably meant.
-
-/// <summary>What the command line asks for.</summary>
-internal enum Command
-{
-    Run,
-    ShortHelp,
-    Help,
-    Version,
-    CheckConfig,
-    WaitFor,
-}
 
 /// <summary>Where an option holds.</summary>
 internal enum Scope
@@ -235,7 +224,7 @@ internal sealed class Option(
             (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
         new("log-file", '\0', "FILE", "observe", Scope.Process, "",
             "Append the log to FILE instead of stderr.",
-            (s, _, v) => s.Log.File = Text.NotEmpty(v, "file name")),
+            (s, _, v) => s.Log.File = Text.FileName(v)),
         new("log-level", '\0', "LEVEL", "observe", Scope.Process, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
@@ -243,7 +232,7 @@ internal sealed class Option(
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
             + "Options on the command line win over the file's, in every route.",
-            (s, _, v) => s.ConfigFile = Text.NotEmpty(v, "file name")),
+            (s, _, v) => s.ConfigFile = Text.FileName(v)),
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
@@ -258,11 +247,11 @@ internal sealed class Option(
             (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
         new("pid-file", '\0', "FILE", "run", Scope.Process, "",
             "Write the process id to FILE when ready; removed at the end.",
-            (s, _, v) => s.PidFile = Text.NotEmpty(v, "file name")),
+            (s, _, v) => s.PidFile = Text.FileName(v)),
         new("port-file", '\0', "FILE", "run", Scope.Process, "",
             "When ready, write the bound addresses to FILE, one a line in the order of the listens. It is written "
             + "whole or not at all, and removed at the end: a script waits for it and knows where port 0 has led.",
-            (s, _, v) => s.PortFile = Text.NotEmpty(v, "file name")),
+            (s, _, v) => s.PortFile = Text.FileName(v)),
         new("once", '\0', "", "run", Scope.Process, "",
             "Serve one connection, then exit: 0 if it ended well, else 1.",
             (s, _, _) => s.Once = true),
@@ -280,7 +269,7 @@ internal sealed class Option(
             (s, _, _) => s.Log.Level = LogLevel.Debug),
         new("help", 'h', "", "run", Scope.CommandLine, "",
             "Print help and exit. -h is short, --help is all of it.",
-            (s, _, _) => s.Command = Command.Help),
+            (s, _, _) => s.Command = Command.FullHelp),
         new("version", 'V', "", "run", Scope.CommandLine, "",
             "Print the version and exit.",
             (s, _, _) => s.Command = Command.Version),
@@ -341,7 +330,7 @@ internal static class CommandLine
             }
         }
 
-        if (settings.Command == Command.Help && typed.Exists(setting => setting.Where == "-h"))
+        if (settings.Command == Command.FullHelp && typed.Exists(setting => setting.Where == "-h"))
         {
             settings.Command = Command.ShortHelp;
         }
@@ -581,7 +570,9 @@ internal static class CommandLine
         route.Listen = At("LISTEN", words[0], ListenAddress.Parse);
         for (int i = 1; i < words.Count; i++)
         {
-            route.Upstreams.Add(At("UPSTREAM", words[i], UpstreamAddress.Parse));
+            string word = words[i];
+            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamAddress.Parse)
+                : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
         }
 
         return route;
@@ -719,6 +710,17 @@ internal static class Help
 // == 3  PROXY =======================================================================================================
 // Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
 // ends: no more accepting, bridges finish in time, the last lines are written.
+
+/// <summary>What the command line asks for.</summary>
+internal enum Command
+{
+    Run,
+    ShortHelp,
+    FullHelp,
+    Version,
+    CheckConfig,
+    WaitFor,
+}
 
 /// <summary>All that was asked for.</summary>
 internal sealed class Settings
@@ -955,7 +957,7 @@ internal sealed class Proxy
             if (!route.Limit.TryEnter()) // (2)
             {
                 client.Dispose();
-                reason = CloseReason.ConnectionLimit;
+                reason = CloseReason.LimitReached;
                 return;
             }
 
@@ -985,7 +987,7 @@ internal sealed class Proxy
     private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
     {
         using Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
-        line.Upstream = connection.Upstream.Address.Text;
+        line.Target = connection.Upstream.Address.Text;
         if (connection.Failure is { } failure)
         {
             client.Close(0); // a reset: the client must not take this for an empty answer
@@ -1009,57 +1011,11 @@ internal sealed class Proxy
         else
         {
             line.Ended(reason.Code, reason.Words);
-            _log.Connection(line);
+            _log.Ended(line);
         }
 
         _onceFailed = reason != CloseReason.Done;
         Leave();
-    }
-}
-
-/// <summary>Files that others wait for: they appear whole, or not at all.</summary>
-internal static class WholeFile
-{
-    internal static void Write(string path, string text)
-    {
-        string temporary = $"{path}.{Environment.ProcessId}.tmp";
-        try
-        {
-            File.WriteAllBytes(temporary, Encoding.UTF8.GetBytes(text));
-            File.Move(temporary, path, overwrite: true);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"cannot write {path}: {Text.Reason(e)}");
-        }
-    }
-
-    internal static bool CanOpen(string path)
-    {
-        try
-        {
-            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite).Dispose();
-            return true;
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            return false;
-        }
-    }
-
-    internal static void Remove(string? path)
-    {
-        try
-        {
-            if (path is not null)
-            {
-                File.Delete(path);
-            }
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            // it has served its purpose; whoever made it unremovable knows why
-        }
     }
 }
 
@@ -1448,6 +1404,8 @@ internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint?
 
 internal sealed class UpstreamPool
 {
+    private const int WaitPause = 100; // ms between two attempts of --wait-for
+
     private readonly Upstream[] _upstreams;
     private readonly ConnectSettings _settings;
     private int _turn;
@@ -1499,6 +1457,32 @@ internal sealed class UpstreamPool
         }
 
         return best!;
+    }
+
+    /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
+    internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
+    {
+        long started = Environment.TickCount64;
+        using Log silent = new(new LogSettings { Format = LogFormat.Off });
+        ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
+        UpstreamPool pool = new([address], settings, "", silent);
+        Sweep.Start([settings.Timeout]);
+        while (true)
+        {
+            using Connection connection = await pool.ConnectAsync(0);
+            connection.Socket?.Dispose();
+            if (connection.Failure is not { } failure)
+            {
+                return null;
+            }
+
+            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
+            {
+                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
+            }
+
+            await Task.Delay(WaitPause);
+        }
     }
 
     private async ValueTask<Connection> ConnectAsync(Upstream upstream, int portIndex)
@@ -1732,7 +1716,6 @@ internal sealed class Dial : Watched
 internal static class Dialer
 {
     private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
-    private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all.</summary>
     internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(EndPoint[] targets, ConnectSettings settings)
@@ -1819,32 +1802,6 @@ internal static class Dialer
             await Task.WhenAny(ends);
         }
     }
-
-    /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
-    internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
-    {
-        long started = Environment.TickCount64;
-        using Log silent = new(new LogSettings { Format = LogFormat.Off });
-        ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([address], settings, "", silent);
-        Sweep.Start([settings.Timeout]);
-        while (true)
-        {
-            using Connection connection = await pool.ConnectAsync(0);
-            connection.Socket?.Dispose();
-            if (connection.Failure is not { } failure)
-            {
-                return null;
-            }
-
-            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
-            {
-                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
-            }
-
-            await Task.Delay(WaitPause);
-        }
-    }
 }
 
 // == 8  BRIDGE ======================================================================================================
@@ -1887,7 +1844,7 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
-    internal static readonly CloseReason ConnectionLimit = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
     internal static readonly CloseReason InternalError = new("IC", "internal error");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
@@ -2389,7 +2346,7 @@ internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(L
     private string _end = "";
     private string _reason = "";
 
-    internal string? Upstream { get; set; }
+    internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
@@ -2409,7 +2366,7 @@ internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(L
     {
         text.Add("route", route);
         text.Add("client", Text.Of(client));
-        text.Add("upstream", Upstream ?? "-");
+        text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
         text.Add("connect_ms", _connectTime);
         text.Add("duration_ms", _duration);
@@ -2531,7 +2488,7 @@ internal sealed class Log : IDisposable
     internal void Listening(string route, string listen, string upstream) =>
         Write(new ListeningLine(route, listen, upstream));
 
-    internal void Connection(ConnectionLine line) => Write(line);
+    internal void Ended(ConnectionLine line) => Write(line);
 
     private void Write(LogLine line)
     {
@@ -2905,6 +2862,52 @@ internal static class Descriptors
     }
 }
 
+/// <summary>Files that others wait for: they appear whole, or not at all.</summary>
+internal static class WholeFile
+{
+    internal static void Write(string path, string text)
+    {
+        string temporary = $"{path}.{Environment.ProcessId}.tmp";
+        try
+        {
+            File.WriteAllBytes(temporary, Encoding.UTF8.GetBytes(text));
+            File.Move(temporary, path, overwrite: true);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"cannot write {path}: {Text.Reason(e)}");
+        }
+    }
+
+    internal static bool CanOpen(string path)
+    {
+        try
+        {
+            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite).Dispose();
+            return true;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return false;
+        }
+    }
+
+    internal static void Remove(string? path)
+    {
+        try
+        {
+            if (path is not null)
+            {
+                File.Delete(path);
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            // it has served its purpose; whoever made it unremovable knows why
+        }
+    }
+}
+
 /// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
 /// (DirectPInvoke in TcpProxy.csproj).</summary>
 internal static partial class Libc
@@ -2987,8 +2990,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         else if (host.Contains(':', StringComparison.Ordinal))
         {
             throw new FormatException(IPAddress.TryParse(text, out _)
-                ? $"'{text}' has no port; with one it is written '[{text}]:PORT'"
-                : $"'{text}' is not an address; an IPv6 address is written '[{host}]{text[colon..]}'");
+                ? $"'{text}' has no port, or no brackets; an IPv6 address is written '[{text}]:PORT'"
+                : $"'{text}' is not an address; an IPv6 address is written '[::1]:PORT'");
         }
         else if (host.Length > 0 && !(isListen && host == "*"))
         {
@@ -3026,6 +3029,11 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
             }
         }
 
+        if (host.Contains("..", StringComparison.Ordinal))
+        {
+            throw new FormatException($"'{host}' is not a host name: it has two dots in a row");
+        }
+
         if (TcpProxy.Text.IsOf(host, '.') && (!IPAddress.TryParse(host, out _) || host.Split('.').Length != 4))
         {
             throw new FormatException($"'{host}' is not an IPv4 address");
@@ -3037,6 +3045,13 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         !text.StartsWith(prefix, StringComparison.Ordinal) ? null
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
+
+    protected static string CheckPath(string path)
+    {
+        const int Longest = 107; // bytes: sun_path of unix(7), with its NUL
+        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= Longest ? path
+            : throw new FormatException($"'{path}' is longer than the {Longest} bytes of a unix socket's path");
+    }
 
     protected static bool IsPorts(string text) =>
         text.Length > 0 && char.IsAsciiDigit(text[0]) && TcpProxy.Text.IsOf(text, '-');
@@ -3054,7 +3069,7 @@ internal sealed class ListenAddress : Address
     {
         if (After("unix:", text, "path") is { } path)
         {
-            return new(text, AddressKind.Unix, path);
+            return new(text, AddressKind.Unix, CheckPath(path));
         }
 
         if (After("fd:", text, "number or name") is { } descriptor)
@@ -3090,7 +3105,7 @@ internal sealed class UpstreamAddress : Address
 
         if (After("unix:", text, "path") is { } path)
         {
-            return new(text, AddressKind.Unix, path);
+            return new(text, AddressKind.Unix, CheckPath(path));
         }
 
         if (IsPorts(text))
@@ -3232,8 +3247,8 @@ internal static class Text
 
     internal static string Count(long number, string thing) => $"{Of(number)} {thing}{(number == 1 ? "" : "s")}";
 
-    internal static string NotEmpty(string text, string what) =>
-        text.Length > 0 ? text : throw new FormatException($"an empty {what}");
+    internal static string FileName(string text) => text.Length == 0 ? throw new FormatException("an empty file name")
+        : text.Contains('\0', StringComparison.Ordinal) ? throw new FormatException("a file name has no NUL character") : text;
 
     /// <summary>What went wrong, as the operating system's users know it.</summary>
     internal static string Reason(Exception e) => e switch
