@@ -791,11 +791,12 @@ internal sealed class Route(RouteSettings settings, ConnectionLimit processLimit
 
 internal sealed class Proxy
 {
-    private const int LastLines = 1000; // ms for the end of bridges that were cut and for the last lines of the log
+    private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
 
     private readonly Settings _settings;
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private int _serving = 1; // connections, and one for the accept loops as long as they run
@@ -825,7 +826,7 @@ internal sealed class Proxy
         finally
         {
             StopAccepting();
-            RemoveFiles();
+            _files.ForEach(WholeFile.Remove);
             _log.Stop(LastLines);
         }
 
@@ -835,14 +836,24 @@ internal sealed class Proxy
     /// <summary>The first call drains, the second ends at once.</summary>
     internal void Stop()
     {
-        if (Interlocked.Increment(ref _signals) == 1)
+        bool isFirst = Interlocked.Increment(ref _signals) == 1;
+        if (!isFirst || _settings.DrainTimeout > TimeSpan.Zero)
         {
-            _stopping.TrySetResult();
+            long patience = isFirst ? (long)_settings.DrainTimeout.TotalMilliseconds : 0;
+            Bridge.StopAllAt(Environment.TickCount64 + patience);
         }
-        else
+
+        _stopping.TrySetResult();
+        if (!isFirst)
         {
-            Bridge.StopAllAt(Environment.TickCount64);
+            _ = LeaveDiallersBehindAsync();
         }
+    }
+
+    private async Task LeaveDiallersBehindAsync()
+    {
+        await Task.Delay(LastLines);
+        _idle.TrySetResult();
     }
 
     // ---- start and end
@@ -855,8 +866,9 @@ internal sealed class Proxy
         {
             Route route = new(settings, processLimit, _log);
             BridgeSettings bridge = settings.Bridge;
-            bounds.AddRange(
-                settings.Connect.Timeout, bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime, bridge.QuotaGrace);
+            int first = _acceptors.Count;
+            bounds.AddRange(settings.Connect.Timeout, bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
+                bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero);
             try
             {
                 Acceptor.Bind(
@@ -867,7 +879,8 @@ internal sealed class Proxy
                 throw new IOException($"route {route.Title}: cannot listen on {settings.Listen!.Text}: {Text.Reason(e)}");
             }
 
-            _log.Listening(route.Title, settings.Listen!.Text, string.Join(' ', settings.Upstreams));
+            string bound = settings.Listen!.PortCount == 1 ? _acceptors[first].Address : settings.Listen.Text;
+            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams));
         }
 
         Sweep.Start(bounds);
@@ -875,23 +888,19 @@ internal sealed class Proxy
 
     private void WriteFiles()
     {
-        if (_settings.PidFile is { } pidFile)
-        {
-            WholeFile.Write(pidFile, $"{Environment.ProcessId}\n");
-        }
+        StringBuilder ports = new();
+        _acceptors.ForEach(acceptor => ports.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
+        Write(_settings.PidFile, $"{Environment.ProcessId}\n");
+        Write(_settings.PortFile, ports.ToString());
 
-        if (_settings.PortFile is { } portFile)
+        void Write(string? path, string text)
         {
-            StringBuilder text = new();
-            _acceptors.ForEach(acceptor => text.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
-            WholeFile.Write(portFile, text.ToString());
+            if (path is not null)
+            {
+                WholeFile.Write(path, text);
+                _files.Add(path);
+            }
         }
-    }
-
-    private void RemoveFiles()
-    {
-        WholeFile.Remove(_settings.PidFile);
-        WholeFile.Remove(_settings.PortFile);
     }
 
     private void StopAccepting()
@@ -903,15 +912,10 @@ internal sealed class Proxy
     private async Task DrainAsync()
     {
         StopAccepting();
-        int left = Volatile.Read(ref _serving) - 1;
         if (!_settings.Once)
         {
+            int left = Volatile.Read(ref _serving) - 1;
             _log.Event(LogLevel.Info, "draining", $"{Text.Count(left, "connection")} left");
-        }
-
-        if (_settings.DrainTimeout > TimeSpan.Zero && !_settings.Once)
-        {
-            Bridge.StopAllAt(Environment.TickCount64 + (long)_settings.DrainTimeout.TotalMilliseconds);
         }
 
         Leave();
@@ -950,10 +954,11 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (8). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title, client.RemoteEndPoint);
+        ConnectionLine line = new(route.Title);
         CloseReason reason = CloseReason.InternalError;
         try
         {
+            line.Client = client.RemoteEndPoint;
             if (!route.Limit.TryEnter()) // (2)
             {
                 client.Dispose();
@@ -1014,7 +1019,7 @@ internal sealed class Proxy
             _log.Ended(line);
         }
 
-        _onceFailed = reason != CloseReason.Done;
+        _onceFailed = _settings.Once && reason != CloseReason.Done;
         Leave();
     }
 }
@@ -1419,15 +1424,19 @@ internal sealed class UpstreamPool
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.</summary>
     internal async ValueTask<Connection> ConnectAsync(int portIndex)
     {
-        List<Upstream> tried = [];
+        List<Upstream>? tried = null;
         while (true)
         {
             Upstream upstream = Pick(tried);
             Interlocked.Increment(ref upstream.Active);
             Connection connection = await ConnectAsync(upstream, portIndex);
-            tried.Add(upstream);
-            if (connection.Failure is null || !connection.Failure.IsWorthRetry
-                || tried.Count > _settings.Retries || tried.Count == _upstreams.Length)
+            if (connection.Failure is null || !connection.Failure.IsWorthRetry)
+            {
+                return connection;
+            }
+
+            (tried ??= []).Add(upstream);
+            if (tried.Count > _settings.Retries || tried.Count == _upstreams.Length)
             {
                 return connection;
             }
@@ -1437,7 +1446,7 @@ internal sealed class UpstreamPool
     }
 
     /// <summary>The one with the fewest connections of those not tried; of several such, each in turn.</summary>
-    internal Upstream Pick(List<Upstream> tried)
+    internal Upstream Pick(List<Upstream>? tried)
     {
         if (_upstreams.Length == 1)
         {
@@ -1449,7 +1458,7 @@ internal sealed class UpstreamPool
         for (uint i = 0; i < _upstreams.Length; i++)
         {
             Upstream candidate = _upstreams[(turn + i) % _upstreams.Length];
-            if (!tried.Contains(candidate)
+            if (tried?.Contains(candidate) != true
                 && (best is null || Volatile.Read(ref candidate.Active) < Volatile.Read(ref best.Active)))
             {
                 best = candidate;
@@ -1791,15 +1800,11 @@ internal static class Dialer
 
     private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
     {
-        if (running.Count > 0)
+        if (running.Count > 0 && !running[^1].Outcome!.IsCompleted)
         {
-            List<Task> ends = running.ConvertAll(Task (dial) => dial.Outcome!);
-            if (hasNext)
-            {
-                ends.Add(Task.Delay(AttemptDelay));
-            }
-
-            await Task.WhenAny(ends);
+            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome!));
+            await (hasNext ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
+                .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
         }
     }
 }
@@ -2337,7 +2342,7 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(LogLevel.Info, "connection")
+internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
 {
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
@@ -2346,6 +2351,7 @@ internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(L
     private string _end = "";
     private string _reason = "";
 
+    internal EndPoint? Client { get; set; }
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
@@ -2365,7 +2371,7 @@ internal sealed class ConnectionLine(string route, EndPoint? client) : LogLine(L
     protected override void AddKeys(LogText text)
     {
         text.Add("route", route);
-        text.Add("client", Text.Of(client));
+        text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
         text.Add("connect_ms", _connectTime);
@@ -2892,14 +2898,11 @@ internal static class WholeFile
         }
     }
 
-    internal static void Remove(string? path)
+    internal static void Remove(string path)
     {
         try
         {
-            if (path is not null)
-            {
-                File.Delete(path);
-            }
+            File.Delete(path);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -3255,7 +3258,7 @@ internal static class Text
     {
         SocketException { SocketErrorCode: SocketError.ConnectionRefused } => "connection refused",
         SocketException { SocketErrorCode: SocketError.AddressAlreadyInUse } => "address already in use",
-        SocketException { SocketErrorCode: SocketError.AddressNotAvailable } => "no such address on this machine",
+        SocketException { SocketErrorCode: SocketError.AddressNotAvailable } => "address not available",
         SocketException { SocketErrorCode: SocketError.NetworkUnreachable } => "network unreachable",
         SocketException { SocketErrorCode: SocketError.HostUnreachable } => "host unreachable",
         SocketException { SocketErrorCode: SocketError.HostNotFound or SocketError.NoData } => "name not resolved",

@@ -1,6 +1,7 @@
 # build.ps1 - builds, tests and packages tcpproxy on Windows; elsewhere build.sh does it
 #
 #   ./build.ps1                  build out\tcpproxy.exe
+#   ./build.ps1 try              the same, then send a line through it: client -> tcpproxy -> its built-in echo server
 #   ./build.ps1 run ARGS         run it, built first if the sources are newer
 #   ./build.ps1 test [FILTER]    run the tests, or those with FILTER in their class or method name
 #   ./build.ps1 check            formatting, every analyzer, trim and AOT warnings: all clean or it fails
@@ -99,6 +100,25 @@ function Build {
     if ($LASTEXITCODE -ne 0) { Die "$binary does not start" }
 }
 
+function Try-It {
+    Build
+    $port = [IO.Path]::GetTempFileName()
+    Remove-Item $port # it is there again when the proxy is ready
+    Say '> tcpproxy 127.0.0.1:0 echo --once'
+    $proxy = Start-Process $binary @('127.0.0.1:0', 'echo', '--once', '--port-file', "`"$port`"") -NoNewWindow -PassThru
+    while (-not (Test-Path $port)) {
+        if ($proxy.HasExited) { Die 'it has ended before it was ready' }
+        Start-Sleep -Milliseconds 100
+    }
+    $client = New-Object Net.Sockets.TcpClient '127.0.0.1', ([int] ((Get-Content $port) -split ':')[-1])
+    $stream = $client.GetStream()
+    $line = [Text.Encoding]::ASCII.GetBytes("hello through tcpproxy`n")
+    $stream.Write($line, 0, $line.Length)
+    Write-Output (New-Object IO.StreamReader $stream).ReadLine()
+    $client.Close()
+    $proxy.WaitForExit()
+}
+
 # -- testing ------------------------------------------------------------------------------------------------------
 
 # Builds the tests (Debug: the program's assertions hold in them) and runs them against the native binary. The last line
@@ -189,6 +209,7 @@ switch -Exact ($word) {
         Build
         Show-Size $binary
     }
+    'try' { Try-It }
     'run' { Build; & $binary @rest; exit $LASTEXITCODE }
     'test' {
         if ($rest.Count -gt 1) { Usage 'test: one FILTER at most' }

@@ -2,6 +2,7 @@
 # build.sh - builds, tests and packages tcpproxy
 #
 #   ./build.sh                  build out/tcpproxy: on Linux one static file that needs no other
+#   ./build.sh try              the same, then send a line through it: client -> tcpproxy -> its built-in echo server
 #   ./build.sh run ARGS         run it, built first if the sources are newer
 #   ./build.sh test [FILTER]    run the tests, or those with FILTER in their class or method name
 #   ./build.sh check            formatting, every analyzer, trim and AOT warnings: all clean or it fails
@@ -131,6 +132,21 @@ build() ( # does nothing, and says nothing, when the binary is newer than all it
     "$binary" --version >/dev/null || die "${binary#"$root/"} does not start"
 )
 
+try_it() (
+    build
+    have bash || die "try needs bash, for its /dev/tcp"
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    say '$ tcpproxy 127.0.0.1:0 echo --once'
+    "$binary" 127.0.0.1:0 echo --once --port-file "$scratch/port" &
+    until [ -s "$scratch/port" ]; do
+        kill -0 $! 2>/dev/null || die "it has ended before it was ready"
+        sleep 0.1
+    done
+    bash -c 'exec 3<>"/dev/tcp/${0%:*}/${0##*:}"; echo "hello through tcpproxy" >&3; head -n 1 <&3' "$(cat "$scratch/port")"
+    wait $!
+)
+
 # -- testing ------------------------------------------------------------------------------------------------------
 
 # Builds the tests (Debug: the program's assertions hold in them) and runs them against the native binary. The last line
@@ -235,6 +251,7 @@ word=${1-build}
 [ $# = 0 ] || shift
 case $word in
     build) [ $# = 0 ] || usage "build: unknown argument '$1'"; build; size "$binary" $limit ;;
+    try) try_it ;;
     run) build; exec "$binary" "$@" ;;
     test) [ $# -le 1 ] || usage "test: one FILTER at most"; run_tests ${1:+-method "*$1*"} ;;
     check) check ;;

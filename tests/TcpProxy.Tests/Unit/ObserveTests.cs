@@ -59,8 +59,9 @@ public sealed class ObserveTests
 
     private static ConnectionLine Line()
     {
-        ConnectionLine line = new("my route", new IPEndPoint(IPAddress.Parse("::ffff:127.0.0.1"), 80))
+        ConnectionLine line = new("my route")
         {
+            Client = new IPEndPoint(IPAddress.Parse("::ffff:127.0.0.1"), 80),
             Target = "db:1",
             BytesUp = 12,
             BytesDown = 34,
