@@ -146,6 +146,29 @@ public sealed class AbortTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Clients_that_leave_at_once_are_no_error()
+    {
+        const int Count = 500;
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        int before = proxy.Descriptors;
+        await Wait.Many(Count, 16, async i =>
+        {
+            Peer client = await Peer.Connect(proxy.Endpoint());
+            if (i % 2 == 0)
+            {
+                client.Reset();
+            }
+
+            client.Dispose();
+        });
+        List<LogLine> lines = await proxy.LinesOf("connection", Count);
+        Assert.All(lines, l => Assert.StartsWith("127.0.0.1:", l["client"], StringComparison.Ordinal));
+        Assert.All(lines, l => Assert.Contains(l.End, new[] { "--", "CD", "SD", "SC" }));
+        await Wait.Until(() => proxy.Descriptors <= before + 2, "the descriptors to be given back");
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Clients_that_leave_while_the_server_is_being_connected_leave_nothing_behind()
     {
         Upstream silent = await Given.Silent();
