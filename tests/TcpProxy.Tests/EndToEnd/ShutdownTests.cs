@@ -114,6 +114,20 @@ public sealed class ShutdownTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_second_signal_waits_for_no_server_either()
+    {
+        Upstream silent = await Given.Silent();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", silent.Address, "--connect-timeout", "60s");
+        Peer client = await Given.Client(proxy);
+        await client.Send("anybody there?");
+        proxy.Signal(ProxyProcess.SigTerm);
+        await proxy.Line("draining");
+        proxy.Signal(ProxyProcess.SigTerm);
+        Assert.Equal(0, await proxy.Exit(3));
+        await client.ExpectReset();
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Port_and_pid_file_are_gone_at_the_end()
     {
         string pid = Given.Path("pid");
