@@ -519,7 +519,7 @@ internal static class CommandLine
         Build(settings, defaults, CollectionsMarshal.AsSpan(typed)[head..]);
         if (settings.Routes.Count == 0)
         {
-            throw new FormatException(
+            throw new FormatException(settings.ConfigFile is { } empty ? $"{empty}: no route: it has no listen" :
                 "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
         }
 
@@ -534,6 +534,7 @@ internal static class CommandLine
             if (setting.Option.Name == "listen")
             {
                 settings.Routes.Add(current = defaults.Clone());
+                current.Where = $"{setting.Where}: ";
             }
 
             setting.Apply(settings, current);
@@ -607,7 +608,7 @@ internal static class CommandLine
                 length += read;
             }
 
-            return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length)
+            return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length).TrimStart('\ufeff')
                 : throw new FormatException($"--config: {file} is larger than {LargestFile >> 20} MB");
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
@@ -742,6 +743,7 @@ internal sealed class Settings
 internal sealed class RouteSettings
 {
     internal string? Name { get; set; }
+    internal string Where { get; set; } = ""; // it was typed, for messages
     internal ListenAddress? Listen { get; set; }
     internal List<UpstreamAddress> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
@@ -765,7 +767,7 @@ internal sealed class RouteSettings
         string listen = Listen!.Text;
         if (Upstreams.Count == 0)
         {
-            throw new FormatException($"route {Title}: no upstream: where shall clients of {listen} be relayed to? "
+            throw new FormatException($"{Where}route {Title}: no upstream: where shall clients of {listen} be relayed to? "
                 + $"Try '{listen} echo', or -u ADDR");
         }
 
@@ -773,7 +775,7 @@ internal sealed class RouteSettings
         {
             if (upstream.PortCount > 1 && upstream.PortCount != Listen.PortCount)
             {
-                throw new FormatException($"route {Title}: upstream {upstream.Text} has {upstream.PortCount} ports, "
+                throw new FormatException($"{Where}route {Title}: upstream {upstream.Text} has {upstream.PortCount} ports, "
                     + $"but {listen} has {Listen.PortCount}; give as many, or one for all");
             }
         }
@@ -839,20 +841,17 @@ internal sealed class Proxy
         bool isFirst = Interlocked.Increment(ref _signals) == 1;
         if (!isFirst || _settings.DrainTimeout > TimeSpan.Zero)
         {
-            long patience = isFirst ? (long)_settings.DrainTimeout.TotalMilliseconds : 0;
-            Bridge.StopAllAt(Environment.TickCount64 + patience);
+            _ = EndWithinAsync(isFirst ? _settings.DrainTimeout : TimeSpan.Zero);
         }
 
         _stopping.TrySetResult();
-        if (!isFirst)
-        {
-            _ = LeaveDiallersBehindAsync();
-        }
     }
 
-    private async Task LeaveDiallersBehindAsync()
+    /// <summary>What then still waits for a name server is left behind.</summary>
+    private async Task EndWithinAsync(TimeSpan patience)
     {
-        await Task.Delay(LastLines);
+        Sweep.StopAllAt(Environment.TickCount64 + (long)patience.TotalMilliseconds);
+        await Task.Delay(patience + TimeSpan.FromMilliseconds(LastLines));
         _idle.TrySetResult();
     }
 
@@ -914,8 +913,7 @@ internal sealed class Proxy
         StopAccepting();
         if (!_settings.Once)
         {
-            int left = Volatile.Read(ref _serving) - 1;
-            _log.Event(LogLevel.Info, "draining", $"{Text.Count(left, "connection")} left");
+            _log.Count(LogLevel.Info, "draining", "connections", Volatile.Read(ref _serving) - 1);
         }
 
         Leave();
@@ -959,6 +957,11 @@ internal sealed class Proxy
         try
         {
             line.Client = client.RemoteEndPoint;
+            if (_log.Has(LogLevel.Debug))
+            {
+                _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
+            }
+
             if (!route.Limit.TryEnter()) // (2)
             {
                 client.Dispose();
@@ -1317,7 +1320,7 @@ internal static class Exhaustion
                 if (_lasts)
                 {
                     _lasts = false;
-                    log.Event(LogLevel.Warn, "recovered", $"accepting again; {Text.Count(_refused, "client")} refused");
+                    log.Count(LogLevel.Warn, "recovered", "refused", _refused);
                     _refused = 0;
                 }
             }
@@ -1600,8 +1603,9 @@ internal sealed class Resolver
         string? failure = null;
         try
         {
-            // getaddrinfo blocks, so it has a thread of the pool; the yield lets _lookup be set before it is cleared
-            found = Interleave(await Task.Run(() => Dns.GetHostAddresses(_host))
+            // getaddrinfo blocks, and the pool is for what does not; the yield lets _lookup be set before it is cleared
+            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(_host),
+                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)
                 .ConfigureAwait(ConfigureAwaitOptions.ForceYielding));
         }
         catch (SocketException e)
@@ -1655,7 +1659,7 @@ internal sealed class Resolver
 internal sealed class Dial : Watched
 {
     private readonly long _deadline;
-    private bool _isLate;
+    private CloseReason? _ended; // by the sweep
 
     private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
 
@@ -1704,7 +1708,7 @@ internal sealed class Dial : Watched
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
             Socket.Dispose();
-            return _isLate ? CloseReason.ConnectTimeout : CloseReason.OfConnect(e);
+            return _ended ?? CloseReason.OfConnect(e);
         }
         finally
         {
@@ -1716,9 +1720,16 @@ internal sealed class Dial : Watched
     {
         if (now >= _deadline)
         {
-            _isLate = true;
-            Socket.Close(0); // makes the pending connect end
+            End(CloseReason.ConnectTimeout);
         }
+    }
+
+    internal override void Stop() => End(CloseReason.StoppedConnecting);
+
+    private void End(CloseReason reason)
+    {
+        _ended ??= reason;
+        Socket.Close(0); // makes the pending connect end
     }
 }
 
@@ -1849,6 +1860,7 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
     internal static readonly CloseReason InternalError = new("IC", "internal error");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
@@ -1873,14 +1885,13 @@ internal sealed class Bridge : Watched
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
 
-    private static long _stopAllAt = long.MaxValue; // Environment.TickCount64
-
     private readonly Socket _client; // owned; closed by Close
     private readonly Socket? _upstream; // owned; closed by Close; null for the built-in servers
     private readonly BridgeSettings _settings;
     private readonly Pump _up;
     private readonly Pump? _down; // null for the built-in servers: one pump is all they are
-    private readonly bool _isEcho;
+    private readonly bool _isEcho; // what comes from the client counts both ways
+    private readonly CloseReason _upQuota;
     private readonly long _startedAt = Environment.TickCount64;
     private CloseReason? _reason; // rule 4
     private int _references; // rule 3
@@ -1894,7 +1905,11 @@ internal sealed class Bridge : Watched
     internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
-        _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.MaxBytesUp);
+        bool isDownFirst = _isEcho && settings.MaxBytesDown > 0
+            && (settings.MaxBytesUp == 0 || settings.MaxBytesDown < settings.MaxBytesUp);
+        _upQuota = isDownFirst ? CloseReason.QuotaDown : CloseReason.QuotaUp;
+        _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize,
+            isDownFirst ? settings.MaxBytesDown : settings.MaxBytesUp);
         _down = upstream is null ? null : new Pump(upstream, client, settings.BufferSize, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
         if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
@@ -1905,13 +1920,6 @@ internal sealed class Bridge : Watched
 
     internal long BytesUp => _up.Bytes;
     internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
-
-    /// <summary>The end of the process: what still runs at <paramref name="time"/> (TickCount64) is aborted.</summary>
-    internal static void StopAllAt(long time)
-    {
-        Volatile.Write(ref _stopAllAt, time);
-        Sweep.Wake();
-    }
 
     /// <summary>Ends when both sides have ended, or either was aborted; then both sockets are closed.</summary>
     internal async Task<CloseReason> RunAsync()
@@ -1961,10 +1969,12 @@ internal sealed class Bridge : Watched
     {
         if (isQuota)
         {
-            Interlocked.CompareExchange(ref _reason, pump == _up ? CloseReason.QuotaUp : CloseReason.QuotaDown, null);
+            Interlocked.CompareExchange(ref _reason, pump == _up ? _upQuota : CloseReason.QuotaDown, null);
         }
 
-        if (_reason is null or { IsOrderly: true })
+        // the second of two clean ends needs no system call of its own: closing sends the FIN
+        bool isLast = _reason is null && Volatile.Read(ref _references) == 1;
+        if (!isLast && (_reason is null || _reason.IsOrderly))
         {
             try
             {
@@ -2008,14 +2018,10 @@ internal sealed class Bridge : Watched
 
     // ---- timeouts: called by the sweep, two to forty times a second
 
+    internal override void Stop() => Abort(CloseReason.Shutdown);
+
     internal override void Check(long now)
     {
-        if (now >= Volatile.Read(ref _stopAllAt))
-        {
-            Abort(CloseReason.Shutdown);
-            return;
-        }
-
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
         {
             Abort(CloseReason.MaxLifetime);
@@ -2087,10 +2093,10 @@ internal sealed class Bridge : Watched
         : _down is { IsFinished: true } ? (_settings.FinTimeout, CloseReason.ClientFinTimeout)
         : (_settings.IdleTimeout, CloseReason.IdleTimeout);
 
-    /// <summary>A pump that cannot send does not receive, so nobody would notice that its source was reset.</summary>
+    /// <summary>From a source whose pump cannot send, or has finished, nobody receives: a reset would go unnoticed.</summary>
     private void CheckStalled(Pump? pump, CloseReason reason)
     {
-        if (pump is { IsSending: true } && pump.Source.Poll(0, SelectMode.SelectError))
+        if (pump is not null && (pump.IsSending || pump.IsFinished) && pump.Source.Poll(0, SelectMode.SelectError))
         {
             Abort(reason);
         }
@@ -2331,6 +2337,12 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
     }
 }
 
+/// <summary>A line whose point is a number.</summary>
+internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
+{
+    protected override void AddKeys(LogText text) => text.Add(key, count);
+}
+
 internal sealed class ListeningLine(string route, string listen, string upstream) : LogLine(LogLevel.Info, "listening")
 {
     protected override void AddKeys(LogText text)
@@ -2491,14 +2503,19 @@ internal sealed class Log : IDisposable
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
         Write(new MessageLine(level, name, route, message));
 
+    internal void Count(LogLevel level, string name, string key, long count) =>
+        Write(new CountLine(level, name, key, count));
+
     internal void Listening(string route, string listen, string upstream) =>
         Write(new ListeningLine(route, listen, upstream));
 
     internal void Ended(ConnectionLine line) => Write(line);
 
+    internal bool Has(LogLevel level) => level >= _settings.Level && _writer is not null;
+
     private void Write(LogLine line)
     {
-        if (line.Level < _settings.Level || _writer is null)
+        if (!Has(line.Level))
         {
             return;
         }
@@ -2609,6 +2626,9 @@ internal abstract class Watched
 
     /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed.</summary>
     internal abstract void Check(long now);
+
+    /// <summary>Called instead once the process is to end.</summary>
+    internal abstract void Stop();
 }
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
@@ -2624,6 +2644,7 @@ internal static class Sweep
     private static int _count;
     private static bool _isAsleep;
     private static int _interval;
+    private static long _stopAllAt = long.MaxValue;
 
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
@@ -2670,7 +2691,12 @@ internal static class Sweep
         }
     }
 
-    internal static void Wake() => Bell.Set();
+    /// <summary>The end of the process: what is still watched at <paramref name="time"/> (TickCount64) is stopped.</summary>
+    internal static void StopAllAt(long time)
+    {
+        Volatile.Write(ref _stopAllAt, time);
+        Bell.Set();
+    }
 
     private static void Run()
     {
@@ -2687,9 +2713,17 @@ internal static class Sweep
             }
 
             long now = Environment.TickCount64;
+            bool isStop = now >= Volatile.Read(ref _stopAllAt);
             foreach (Watched watched in seen.AsSpan(0, count))
             {
-                watched.Check(now);
+                if (isStop)
+                {
+                    watched.Stop();
+                }
+                else
+                {
+                    watched.Check(now);
+                }
             }
 
             Array.Clear(seen, 0, count);
@@ -2734,10 +2768,22 @@ internal static class StandardStream
             return TryWriteConsole(stream, bytes);
         }
 
+        // Started with it closed, the number belongs to a descriptor of the runtime's own, which is close-on-exec.
+        if ((Libc.Fcntl(stream, Libc.GetDescriptorFlags) & Libc.CloseOnExec) != 0)
+        {
+            return false;
+        }
+
         while (bytes.Length > 0)
         {
             nint written = Libc.Write(stream, in MemoryMarshal.GetReference(bytes), (nuint)bytes.Length);
-            if (written <= 0 && Marshal.GetLastPInvokeError() != Libc.Eintr)
+            int error = written > 0 ? 0 : Marshal.GetLastPInvokeError();
+            if (error == Libc.Eagain)
+            {
+                Libc.PollDescriptor poll = new() { Descriptor = stream, Events = Libc.PollOut };
+                _ = Libc.Poll(ref poll, 1, Timeout.Infinite); // somebody else has made it non-blocking
+            }
+            else if (error != 0 && error != Libc.Eintr)
             {
                 return false;
             }
@@ -2917,10 +2963,22 @@ internal static partial class Libc
 {
     internal const int RlimitNofile = 7;
     internal const int Eintr = 4;
+    internal const int Eagain = 11;
+    internal const int GetDescriptorFlags = 1;
+    internal const int CloseOnExec = 1;
+    internal const short PollOut = 4;
 
     /// <summary>The numbers above and below are Linux's, on x64 and arm64.</summary>
     internal static bool IsThere { get; } =
         OperatingSystem.IsLinux() && Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") != "1";
+
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct PollDescriptor
+    {
+        internal int Descriptor;
+        internal short Events;
+        internal short Returned;
+    }
 
     [StructLayout(LayoutKind.Sequential)]
     internal struct Limit
@@ -2940,6 +2998,14 @@ internal static partial class Libc
     [LibraryImport("libc", EntryPoint = "write", SetLastError = true)]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Write(int descriptor, in byte bytes, nuint count);
+
+    [LibraryImport("libc", EntryPoint = "poll")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Poll(ref PollDescriptor descriptor, nuint count, int timeout);
+
+    [LibraryImport("libc", EntryPoint = "fcntl")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Fcntl(int descriptor, int command);
 
     [LibraryImport("libc", EntryPoint = "ioctl")]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
@@ -3257,6 +3323,7 @@ internal static class Text
     internal static string Reason(Exception e) => e switch
     {
         SocketException { SocketErrorCode: SocketError.ConnectionRefused } => "connection refused",
+        SocketException { SocketErrorCode: SocketError.ConnectionReset } => "connection reset",
         SocketException { SocketErrorCode: SocketError.AddressAlreadyInUse } => "address already in use",
         SocketException { SocketErrorCode: SocketError.AddressNotAvailable } => "address not available",
         SocketException { SocketErrorCode: SocketError.NetworkUnreachable } => "network unreachable",
