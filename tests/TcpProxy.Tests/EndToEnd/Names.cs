@@ -16,6 +16,7 @@ internal sealed class Names : IDisposable
     private readonly Socket? _server;
     private readonly bool _answers;
     private int _asked;
+    private volatile IPAddress? _answer;
 
     private Names(Given given, string[] hosts, bool answers)
     {
@@ -25,8 +26,8 @@ internal sealed class Names : IDisposable
             [127, (byte)Random.Shared.Next(1, 255), (byte)Random.Shared.Next(1, 255), 53]);
         _server.Bind(new IPEndPoint(address, 53));
         string hostsFile = given.Write("hosts", string.Join('\n', hosts) + "\n");
-        string resolver = given.Write(
-            "resolv.conf", $"nameserver {address}\noptions timeout:30 attempts:1\n");
+        Resolver = $"nameserver {address}\noptions timeout:30 attempts:1\n";
+        string resolver = given.Write("resolv.conf", Resolver);
         string script = $"mount --bind {hostsFile} /etc/hosts && mount --bind {resolver} /etc/resolv.conf"
             + " && exec \"$0\" \"$@\"";
         Launch = new Launch { Before = ["unshare", "-m", "sh", "-c", script] };
@@ -35,6 +36,9 @@ internal sealed class Names : IDisposable
 
     /// <summary>How to start a proxy that sees these names.</summary>
     public Launch Launch { get; }
+
+    /// <summary>resolv.conf with the name server of the test.</summary>
+    public string Resolver { get; }
 
     /// <summary>How many questions came to the name server.</summary>
     public int Asked => Volatile.Read(ref _asked);
@@ -45,6 +49,9 @@ internal sealed class Names : IDisposable
     /// <summary>These lines of /etc/hosts; the name server answers nothing else, ever.</summary>
     public static Task<Names> SilentServer(Given given, params string[] lines) =>
         Make(given, lines, answers: false);
+
+    /// <summary>From now on every name has this one address.</summary>
+    public void Answer(IPAddress address) => _answer = address;
 
     public void Dispose() => _server?.Dispose();
 
@@ -69,10 +76,19 @@ internal sealed class Names : IDisposable
                 Interlocked.Increment(ref _asked);
                 if (_answers)
                 {
-                    // the same question back, with QR, RD, RA and NXDOMAIN, without additional records
+                    // the same question back, with QR, RD, RA and NXDOMAIN or an answer, without additional records
                     int end = 12 + packet.AsSpan(12).IndexOf((byte)0) + 5;
-                    (packet[2], packet[3]) = (0x81, 0x83);
+                    bool isAddress = packet[end - 3] == 1; // A, not AAAA
+                    (packet[2], packet[3]) = (0x81, _answer is null ? (byte)0x83 : (byte)0x80);
                     packet.AsSpan(6, 6).Clear();
+                    if (_answer is { } answer && isAddress)
+                    {
+                        packet[7] = 1;
+                        byte[] record = [0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, .. answer.GetAddressBytes()];
+                        record.CopyTo(packet, end);
+                        end += record.Length;
+                    }
+
                     await _server.SendToAsync(packet.AsMemory(0, end), got.RemoteEndPoint);
                 }
             }

@@ -38,7 +38,31 @@ public sealed class StalledLogTests : EndToEndTest
         await proxy.Connection(last);
         Assert.Equal(0, await proxy.Stop());
         int lost = int.Parse(count.Groups[1].Value, CultureInfo.InvariantCulture);
-        Assert.Equal(Count + 1, proxy.Lines.Count(l => l.Event == "connection") + lost);
+        Assert.Equal(2 * (Count + 1), proxy.Lines.Count(l => l.Event is "accepted" or "connection") + lost);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_stderr_that_somebody_made_non_blocking_gets_whole_lines()
+    {
+        const int Count = 2_000;
+        string python = Tool.Need("python3", "python3");
+        const string Script = """
+            import os, sys
+            os.set_blocking(2, False)
+            os.execv(sys.argv[1], sys.argv[1:])
+            """;
+        Launch launch = new() { Before = [python, "-c", Script], ReadLog = false };
+        ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", "echo");
+        await Wait.Many(Count, 32, async i =>
+        {
+            using Peer client = await Peer.Connect(proxy.Endpoint());
+            await client.Ask("hello");
+            client.Finish();
+            await client.ExpectEnd();
+        });
+        proxy.StartReading(); // more than a pipe holds was written before
+        await Wait.Until(() => proxy.Lines.Count(l => l.Event == "connection") == Count, "a line a connection");
+        Assert.Equal(0, await proxy.Stop());
     }
 
     [Fact(Timeout = Quick)]
