@@ -243,8 +243,12 @@ internal sealed class Option(
             "Event loop threads. auto is one a processor.",
             (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256)),
         new("buffer-size", '\0', "SIZE", "run", Scope.Route, "64k",
-            "Move at most SIZE bytes at once in a direction (256 to 16m). A connection that waits holds no buffer.",
+            "Copy at most SIZE bytes at once in a direction (256 to 16m), and splice four times as many. A connection that "
+            + "waits holds no buffer.",
             (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
+        new("splice", '\0', "auto|off", "run", Scope.Route, "auto",
+            "Move streams inside the kernel (Linux, splice(2)) instead of copying them.",
+            (_, r, v) => r.Bridge.IsSplicing = Text.ParseWord(v, "word", "auto", "off") == 0),
         new("pid-file", '\0', "FILE", "run", Scope.Process, "",
             "Write the process id to FILE when ready; removed at the end.",
             (s, _, v) => s.PidFile = Text.FileName(v)),
@@ -600,14 +604,9 @@ internal static class CommandLine
     {
         try
         {
-            using SafeFileHandle handle = File.OpenHandle(file, share: FileShare.ReadWrite);
+            using FileStream stream = new(file, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, bufferSize: 0);
             byte[] bytes = new byte[LargestFile + 1];
-            int length = 0;
-            while (RandomAccess.Read(handle, bytes.AsSpan(length), length) is int read and > 0)
-            {
-                length += read;
-            }
-
+            int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
             return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length).TrimStart('\ufeff')
                 : throw new FormatException($"--config: {file} is larger than {LargestFile >> 20} MB");
         }
@@ -1838,6 +1837,7 @@ internal sealed class BridgeSettings
     internal long MaxBytesUp { get; set; }
     internal long MaxBytesDown { get; set; }
     internal int BufferSize { get; set; }
+    internal bool IsSplicing { get; set; }
 
     /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
     internal TimeSpan QuotaGrace =>
@@ -1908,9 +1908,10 @@ internal sealed class Bridge : Watched
         bool isDownFirst = _isEcho && settings.MaxBytesDown > 0
             && (settings.MaxBytesUp == 0 || settings.MaxBytesDown < settings.MaxBytesUp);
         _upQuota = isDownFirst ? CloseReason.QuotaDown : CloseReason.QuotaUp;
-        _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize,
+        _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
             isDownFirst ? settings.MaxBytesDown : settings.MaxBytesUp);
-        _down = upstream is null ? null : new Pump(upstream, client, settings.BufferSize, settings.MaxBytesDown);
+        _down = upstream is null ? null
+            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
         if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
         {
@@ -1941,8 +1942,7 @@ internal sealed class Bridge : Watched
     {
         try
         {
-            bool isQuota = await pump.RunAsync();
-            Finished(pump, isQuota);
+            Finished(pump, await pump.RunAsync());
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
@@ -1958,6 +1958,11 @@ internal sealed class Bridge : Watched
                 Abort(reason);
             }
         }
+        catch
+        {
+            Abort(CloseReason.InternalError); // the other pump must not go on alone
+            throw;
+        }
         finally
         {
             Release();
@@ -1965,9 +1970,9 @@ internal sealed class Bridge : Watched
     }
 
     /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
-    private void Finished(Pump pump, bool isQuota)
+    private void Finished(Pump pump, PumpEnd end)
     {
-        if (isQuota)
+        if (end == PumpEnd.Quota)
         {
             Interlocked.CompareExchange(ref _reason, pump == _up ? _upQuota : CloseReason.QuotaDown, null);
         }
@@ -2110,13 +2115,22 @@ internal sealed class Bridge : Watched
 // the memory given to ReceiveAsync is a ReceiveBuffer, which has an array only while somebody receives into it. Each
 // message costs a recv that finds nothing (the runtime's own first attempt), the recv that finds it, and a send.
 
-internal sealed class Pump(Socket source, Socket? target, int bufferSize, long quota)
+internal enum PumpEnd
 {
-    // A stream that never has to wait would keep its event loop to itself: after this many bytes it queues up again.
-    private const int Burst = 1 << 20;
+    NotYet,
+    Source, // it has sent all it will
+    Quota,
+}
+
+internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota)
+{
+    private const int StreamAfter = 4; // full buffers in a row make a stream
+    private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
+    private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
     private readonly ReceiveBuffer _buffer = new(bufferSize);
     private long _left = quota == 0 ? long.MaxValue : quota;
+    private int _burst;
 
     internal Socket Source { get; } = source;
     internal Socket? Target { get; } = target; // null: what comes is dropped
@@ -2126,15 +2140,24 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, long q
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
-    /// <summary>False at the end of the source, true at the end of the quota.</summary>
     /// <exception cref="SocketException">the source when not <see cref="IsSending"/>, else the target, has failed</exception>
-    internal async Task<bool> RunAsync()
+    internal async Task<PumpEnd> RunAsync()
     {
         try
         {
-            bool isQuota = await CopyAsync();
+            PumpEnd end;
+            do
+            {
+                end = await CopyAsync();
+                if (end == PumpEnd.NotYet)
+                {
+                    _buffer.GiveBack();
+                    end = await SpliceAsync();
+                }
+            }
+            while (end == PumpEnd.NotYet);
             IsFinished = true;
-            return isQuota;
+            return end;
         }
         finally
         {
@@ -2142,22 +2165,22 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, long q
         }
     }
 
-    private async Task<bool> CopyAsync()
+    /// <summary>Until the end, or until it is a stream and the kernel can take over.</summary>
+    private async Task<PumpEnd> CopyAsync()
     {
-        int burst = 0;
-        while (true)
+        for (int full = 0; full < StreamAfter;)
         {
             ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(_left), SocketFlags.None);
             if (!receiving.IsCompleted)
             {
                 _buffer.GiveBackWhileWaiting();
-                burst = 0;
+                _burst = 0;
             }
 
             int length = await receiving;
             if (length == 0)
             {
-                return false;
+                return PumpEnd.Source;
             }
 
             if (Target is not null)
@@ -2167,19 +2190,85 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, long q
                 IsSending = false;
             }
 
-            Bytes += length;
-            _left -= length;
-            if (_left == 0)
+            if (Count(length))
             {
-                return true;
+                return PumpEnd.Quota;
             }
 
-            if ((burst += length) >= Burst)
+            full = isSplicing && length == bufferSize && Target is not null ? full + 1 : 0;
+            if (_burst >= Burst)
             {
-                burst = 0;
+                _burst = 0;
                 await Task.Yield();
             }
         }
+
+        return PumpEnd.NotYet;
+    }
+
+    /// <summary>Until the end, or until it is no stream any more. The pipe belongs to the thread and is empty at every
+    /// await: what the target does not take at once leaves it as a buffer.</summary>
+    private async Task<PumpEnd> SpliceAsync()
+    {
+        int chunk = SpliceFactor * bufferSize;
+        while (true)
+        {
+            bool isEnd = false;
+            Pipe? pipe = Pipe.OfThread();
+            int length = pipe?.Fill(Source, (int)Math.Min(_left, chunk), out isEnd) ?? 0;
+            if (length > 0)
+            {
+                IsSending = true;
+                if (pipe!.Empty(Target!) is int rest and > 0)
+                {
+                    await SendRestAsync(pipe, rest);
+                }
+
+                IsSending = false;
+                if (Count(length))
+                {
+                    return PumpEnd.Quota;
+                }
+            }
+            else if (isEnd || pipe is null || _burst < bufferSize)
+            {
+                return isEnd ? PumpEnd.Source : PumpEnd.NotYet;
+            }
+            else
+            {
+                _burst = 0;
+                await Source.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // only waits
+            }
+
+            if (_burst >= Burst)
+            {
+                _burst = 0;
+                await Task.Yield();
+            }
+        }
+    }
+
+    /// <summary>The target is full, or gone: SendAsync waits, or says so.</summary>
+    private async Task SendRestAsync(Pipe pipe, int length)
+    {
+        byte[] rest = ArrayPool<byte>.Shared.Rent(length); // rule 2
+        try
+        {
+            pipe.Read(rest.AsSpan(0, length));
+            await Target!.SendAsync(rest.AsMemory(0, length), SocketFlags.None);
+        }
+        finally
+        {
+            ArrayPool<byte>.Shared.Return(rest);
+        }
+    }
+
+    /// <summary>True when that was the last of the quota.</summary>
+    private bool Count(int length)
+    {
+        Bytes += length;
+        _burst += length;
+        return (_left -= length) == 0;
     }
 }
 
@@ -2957,6 +3046,100 @@ internal static class WholeFile
     }
 }
 
+/// <summary>One pipe a thread, through which splice(2) moves bytes from socket to socket without copying them. Whoever
+/// fills it empties it before the thread does anything else; one that was left with bytes in it, because something threw
+/// in between, is never used again: they belong to somebody else's connection.</summary>
+internal sealed class Pipe
+{
+    private const int NonBlock = 0x800;
+    private const int CloseOnExec = 0x80000;
+    private const int SetSize = 1031; // F_SETPIPE_SZ
+    private const int Size = 256 << 10; // the splices of the default buffer; a kernel that refuses leaves 64k
+    private const uint MoveNonBlock = 3; // SPLICE_F_MOVE | SPLICE_F_NONBLOCK
+
+    [ThreadStatic]
+    private static Pipe? _ofThread;
+
+    private static bool _isRefused; // by the kernel: a socket that cannot be spliced, or a system without splice
+
+    private readonly SafeFileHandle _out; // owned; both are closed when the pipe is, or finalized with their thread
+    private readonly SafeFileHandle _in;
+    private int _length; // bytes in it
+
+    private Pipe(int readEnd, int writeEnd)
+    {
+        _out = new SafeFileHandle(readEnd, ownsHandle: true);
+        _in = new SafeFileHandle(writeEnd, ownsHandle: true);
+        _ = Libc.Fcntl(writeEnd, SetSize, Size);
+    }
+
+    /// <summary>The thread's own, empty; null where there is none: not on this system, or out of descriptors just now.</summary>
+    internal static Pipe? OfThread()
+    {
+        if (_ofThread is { _length: > 0 } stale)
+        {
+            stale._out.Dispose();
+            stale._in.Dispose();
+            _ofThread = null;
+        }
+
+        return !Libc.IsThere || _isRefused ? null : _ofThread ??= Open();
+    }
+
+    /// <summary>Takes up to <paramref name="most"/> bytes from <paramref name="source"/>; 0 when there are none yet.</summary>
+    /// <exception cref="SocketException">the source has failed</exception>
+    internal int Fill(Socket source, int most, out bool isEnd)
+    {
+        nint moved = Libc.Splice(source.SafeHandle, 0, _in, 0, (nuint)most, MoveNonBlock);
+        isEnd = moved == 0;
+        if (moved >= 0)
+        {
+            return _length = (int)moved;
+        }
+
+        int error = Marshal.GetLastPInvokeError();
+        _isRefused = error == Libc.Einval;
+        return error is Libc.Eagain or Libc.Eintr or Libc.Einval ? 0
+            : throw new SocketException((int)SocketError.ConnectionReset);
+    }
+
+    /// <summary>Gives what is in it to <paramref name="target"/>; returns how much that did not take.</summary>
+    internal int Empty(Socket target)
+    {
+        while (_length > 0)
+        {
+            nint moved = Libc.Splice(_out, 0, target.SafeHandle, 0, (nuint)_length, MoveNonBlock);
+            if (moved <= 0)
+            {
+                break; // it is full, or gone
+            }
+
+            _length -= (int)moved;
+        }
+
+        return _length;
+    }
+
+    /// <summary>Takes back all that is in it.</summary>
+    internal void Read(Span<byte> bytes)
+    {
+        while (_length > 0)
+        {
+            nint read = Libc.Read(_out, ref MemoryMarshal.GetReference(bytes), (nuint)_length);
+            read = Math.Max(read, 0); // it is all there: a read can only be interrupted
+            bytes = bytes[(int)read..];
+            _length -= (int)read;
+        }
+    }
+
+    private static Pipe? Open()
+    {
+        Span<int> ends = stackalloc int[2];
+        return Libc.OpenPipe(ref MemoryMarshal.GetReference(ends), NonBlock | CloseOnExec) == 0
+            ? new Pipe(ends[0], ends[1]) : null;
+    }
+}
+
 /// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
 /// (DirectPInvoke in TcpProxy.csproj).</summary>
 internal static partial class Libc
@@ -2964,6 +3147,7 @@ internal static partial class Libc
     internal const int RlimitNofile = 7;
     internal const int Eintr = 4;
     internal const int Eagain = 11;
+    internal const int Einval = 22;
     internal const int GetDescriptorFlags = 1;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
@@ -3005,7 +3189,20 @@ internal static partial class Libc
 
     [LibraryImport("libc", EntryPoint = "fcntl")]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int Fcntl(int descriptor, int command);
+    internal static partial int Fcntl(int descriptor, int command, nint argument = 0);
+
+    [LibraryImport("libc", EntryPoint = "pipe2")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int OpenPipe(ref int ends, int flags);
+
+    [LibraryImport("libc", EntryPoint = "splice", SetLastError = true)]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial nint Splice(
+        SafeHandle from, nint fromOffset, SafeHandle to, nint toOffset, nuint length, uint flags);
+
+    [LibraryImport("libc", EntryPoint = "read")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial nint Read(SafeHandle descriptor, ref byte bytes, nuint count);
 
     [LibraryImport("libc", EntryPoint = "ioctl")]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]

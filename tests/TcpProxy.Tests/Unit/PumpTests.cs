@@ -79,6 +79,50 @@ public sealed class PumpTests
     }
 
     [Fact(Timeout = 30_000)]
+    public async Task A_pipe_that_was_left_with_bytes_in_it_gives_them_to_nobody_else()
+    {
+        Assert.SkipUnless(System.OperatingSystem.IsLinux(), "splice(2) is Linux's");
+        (Socket first, Socket firstFar) = await PairAsync();
+        (Socket second, Socket secondFar) = await PairAsync();
+        (Socket target, Socket targetFar) = await PairAsync();
+        await firstFar.SendAsync("secret"u8.ToArray().AsMemory(), TestContext.Current.CancellationToken);
+        await secondFar.SendAsync("mine"u8.ToArray().AsMemory(), TestContext.Current.CancellationToken);
+        using (ManualResetEventSlim done = new())
+        {
+            OnAnotherThread(() =>
+            {
+                Assert.True(first.Poll(10_000_000, SelectMode.SelectRead));
+                Assert.True(second.Poll(10_000_000, SelectMode.SelectRead));
+                Assert.Equal(6, Pipe.OfThread()!.Fill(first, 100, out _));
+                Socket closed = new(SocketType.Stream, ProtocolType.Tcp);
+                closed.Dispose();
+                Assert.Throws<ObjectDisposedException>(() => Pipe.OfThread()!.Fill(closed, 100, out _));
+                Assert.Equal(4, Pipe.OfThread()!.Fill(second, 100, out _));
+            });
+            OnAnotherThread(() =>
+            {
+                Pipe pipe = Pipe.OfThread()!;
+                Assert.Equal(0, pipe.Fill(first, 100, out bool isEnd)); // its bytes went with the other thread's pipe
+                Assert.False(isEnd);
+                secondFar.Send("yours"u8);
+                Assert.True(second.Poll(10_000_000, SelectMode.SelectRead));
+                Assert.Equal(5, pipe.Fill(second, 100, out _));
+                Assert.Equal(0, pipe.Empty(target));
+                done.Set();
+            });
+            Assert.True(done.IsSet);
+        }
+
+        byte[] got = new byte[100];
+        int length = await targetFar.ReceiveAsync(got.AsMemory(), TestContext.Current.CancellationToken);
+        Assert.Equal("yours"u8.ToArray(), got[..length]);
+        foreach (Socket socket in new[] { first, firstFar, second, secondFar, target, targetFar })
+        {
+            socket.Dispose();
+        }
+    }
+
+    [Fact(Timeout = 30_000)]
     public async Task A_bridge_relays_both_ways_counts_and_ends_with_the_second_FIN()
     {
         (Socket client, Socket accepted) = await PairAsync();
@@ -121,9 +165,11 @@ public sealed class PumpTests
 
     private static void OnAnotherThread(Action action)
     {
-        Thread thread = new(() => action());
+        Exception? failure = null;
+        Thread thread = new(() => failure = Record.Exception(action));
         thread.Start();
         thread.Join();
+        Assert.Null(failure);
     }
 
     private static byte[] Bytes(int length)
