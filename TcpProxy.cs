@@ -2140,19 +2140,44 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
+    /// <summary>Copies until the end; as long as it is a stream, the kernel does it.</summary>
     /// <exception cref="SocketException">the source when not <see cref="IsSending"/>, else the target, has failed</exception>
     internal async Task<PumpEnd> RunAsync()
     {
         try
         {
             PumpEnd end;
+            int full = 0;
             do
             {
-                end = await CopyAsync();
-                if (end == PumpEnd.NotYet)
+                ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(_left), SocketFlags.None);
+                if (!receiving.IsCompleted)
+                {
+                    _buffer.GiveBackWhileWaiting();
+                    _burst = 0;
+                }
+
+                int length = await receiving;
+                if (length > 0 && Target is not null)
+                {
+                    IsSending = true;
+                    await Target.SendAsync(_buffer.Received(length), SocketFlags.None); // all of it: it is a stream
+                    IsSending = false;
+                }
+
+                end = Count(length);
+                full = length == bufferSize ? full + 1 : 0;
+                if (full == StreamAfter && end == PumpEnd.NotYet && isSplicing && Target is not null)
                 {
                     _buffer.GiveBack();
                     end = await SpliceAsync();
+                    full = 0;
+                }
+
+                if (_burst >= Burst)
+                {
+                    _burst = 0;
+                    await Task.Yield();
                 }
             }
             while (end == PumpEnd.NotYet);
@@ -2165,79 +2190,37 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         }
     }
 
-    /// <summary>Until the end, or until it is a stream and the kernel can take over.</summary>
-    private async Task<PumpEnd> CopyAsync()
-    {
-        for (int full = 0; full < StreamAfter;)
-        {
-            ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(_left), SocketFlags.None);
-            if (!receiving.IsCompleted)
-            {
-                _buffer.GiveBackWhileWaiting();
-                _burst = 0;
-            }
-
-            int length = await receiving;
-            if (length == 0)
-            {
-                return PumpEnd.Source;
-            }
-
-            if (Target is not null)
-            {
-                IsSending = true;
-                await Target.SendAsync(_buffer.Received(length), SocketFlags.None); // all of it: it is a stream
-                IsSending = false;
-            }
-
-            if (Count(length))
-            {
-                return PumpEnd.Quota;
-            }
-
-            full = isSplicing && length == bufferSize && Target is not null ? full + 1 : 0;
-            if (_burst >= Burst)
-            {
-                _burst = 0;
-                await Task.Yield();
-            }
-        }
-
-        return PumpEnd.NotYet;
-    }
-
     /// <summary>Until the end, or until it is no stream any more. The pipe belongs to the thread and is empty at every
     /// await: what the target does not take at once leaves it as a buffer.</summary>
     private async Task<PumpEnd> SpliceAsync()
     {
-        int chunk = SpliceFactor * bufferSize;
         while (true)
         {
-            bool isEnd = false;
             Pipe? pipe = Pipe.OfThread();
-            int length = pipe?.Fill(Source, (int)Math.Min(_left, chunk), out isEnd) ?? 0;
-            if (length > 0)
+            int length = pipe?.Fill(Source, (int)Math.Min(_left, SpliceFactor * bufferSize)) ?? Pipe.NothingYet;
+            if (length == Pipe.NothingYet)
             {
-                IsSending = true;
-                if (pipe!.Empty(Target!) is int rest and > 0)
+                if (pipe is null || _burst < bufferSize)
                 {
-                    await SendRestAsync(pipe, rest);
+                    return PumpEnd.NotYet;
                 }
 
-                IsSending = false;
-                if (Count(length))
-                {
-                    return PumpEnd.Quota;
-                }
-            }
-            else if (isEnd || pipe is null || _burst < bufferSize)
-            {
-                return isEnd ? PumpEnd.Source : PumpEnd.NotYet;
-            }
-            else
-            {
                 _burst = 0;
                 await Source.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // only waits
+                continue;
+            }
+
+            IsSending = true;
+            if (pipe!.Empty(Target!) is int rest and > 0)
+            {
+                await SendRestAsync(pipe, rest);
+            }
+
+            IsSending = false;
+            PumpEnd end = Count(length);
+            if (end != PumpEnd.NotYet)
+            {
+                return end;
             }
 
             if (_burst >= Burst)
@@ -2263,12 +2246,12 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         }
     }
 
-    /// <summary>True when that was the last of the quota.</summary>
-    private bool Count(int length)
+    private PumpEnd Count(int length)
     {
         Bytes += length;
         _burst += length;
-        return (_left -= length) == 0;
+        _left -= length;
+        return length == 0 ? PumpEnd.Source : _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
     }
 }
 
@@ -3051,6 +3034,8 @@ internal static class WholeFile
 /// in between, is never used again: they belong to somebody else's connection.</summary>
 internal sealed class Pipe
 {
+    internal const int NothingYet = -1;
+
     private const int NonBlock = 0x800;
     private const int CloseOnExec = 0x80000;
     private const int SetSize = 1031; // F_SETPIPE_SZ
@@ -3086,12 +3071,11 @@ internal sealed class Pipe
         return !Libc.IsThere || _isRefused ? null : _ofThread ??= Open();
     }
 
-    /// <summary>Takes up to <paramref name="most"/> bytes from <paramref name="source"/>; 0 when there are none yet.</summary>
+    /// <summary>Takes up to <paramref name="most"/> bytes from <paramref name="source"/>; 0 at its end.</summary>
     /// <exception cref="SocketException">the source has failed</exception>
-    internal int Fill(Socket source, int most, out bool isEnd)
+    internal int Fill(Socket source, int most)
     {
         nint moved = Libc.Splice(source.SafeHandle, 0, _in, 0, (nuint)most, MoveNonBlock);
-        isEnd = moved == 0;
         if (moved >= 0)
         {
             return _length = (int)moved;
@@ -3099,7 +3083,7 @@ internal sealed class Pipe
 
         int error = Marshal.GetLastPInvokeError();
         _isRefused = error == Libc.Einval;
-        return error is Libc.Eagain or Libc.Eintr or Libc.Einval ? 0
+        return error is Libc.Eagain or Libc.Eintr or Libc.Einval ? NothingYet
             : throw new SocketException((int)SocketError.ConnectionReset);
     }
 
