@@ -22,9 +22,22 @@
 //   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server.
 //   (5) A Bridge owns both sockets. Two Pumps copy, one a direction, each with at most one buffer.
 //   (6) A Pump that waits holds no buffer; a Pump that cannot send does not receive: that is all of backpressure.
+//       A stream is left to the kernel, which moves it from socket to socket without copying.
 //   (7) FIN is passed on and the other direction lives on. Anything else that ends a bridge (RST, a timeout) resets
 //       both sides, so that neither takes a cut stream for a whole one. The first cause is the reason.
 //   (8) One log line says who, where, how long, how many bytes each way, and why it ended.
+//
+// THE PATH A BYTE TAKES                measured on two cores over loopback, against HAProxy and Go's io.Copy in one run
+//
+//   as a message  epoll tells the runtime, whose loop receives into an array rented for that moment and runs the Pump on
+//                 its own thread; the Pump sends and asks for more. A recv that finds nothing (the runtime's own first
+//                 attempt), the recv that finds it, a send: five parts in six of the time are the kernel's.
+//   as a stream   after four full buffers in a row: splice(2) into the pipe of the thread and out of it, 256 KB at a time.
+//                 A third of HAProxy's processor time per byte, two thirds of Go's. What the target does not take at
+//                 once leaves the pipe as a rented buffer, so that a pipe is empty whenever its thread does other work,
+//                 a connection holds none, and one pipe a thread is enough.
+//   not at all    a silent connection holds no buffer and no pipe: 5 KB of objects, of which the runtime's two sockets
+//                 with their event arguments are 2.8 KB.
 //
 // RULES OF OWNERSHIP                   cited in the code as "rule 3"
 //
@@ -1089,7 +1102,8 @@ internal sealed class Acceptor : IDisposable
             }
             catch (SocketException)
             {
-                continue; // this client has left before it was accepted
+                await Task.Delay(1); // this client has left before it was accepted; should it be more, no busy loop
+                continue;
             }
 
             Exhaustion.Recovered(_log);
@@ -2021,7 +2035,7 @@ internal sealed class Bridge : Watched
         }
     }
 
-    // ---- timeouts: called by the sweep, two to forty times a second
+    // ---- timeouts: called by the sweep, one to forty times a second
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
@@ -2056,7 +2070,7 @@ internal sealed class Bridge : Watched
 
     private void CheckProgress(long now)
     {
-        long progress = BytesUp + BytesDown + Volatile.Read(ref _references);
+        long progress = ((BytesUp + BytesDown) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
         if (progress != _progress)
         {
             (_progress, _quietSince, _unsent) = (progress, now, -1);
@@ -2708,7 +2722,7 @@ internal abstract class Watched
 internal static class Sweep
 {
     private const int Shortest = 25; // ms between two looks
-    private const int Longest = 500;
+    private const int Longest = 1000;
 
     private static readonly Lock Gate = new();
     private static readonly AutoResetEvent Bell = new(false);

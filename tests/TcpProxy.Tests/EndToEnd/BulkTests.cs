@@ -11,15 +11,17 @@ public sealed class BulkTests : EndToEndTest
 {
     private const long Gigabyte = 1L << 30;
 
-    [Fact(Timeout = Slow)]
-    public async Task A_gigabyte_both_ways_at_once_through_a_chain_of_three_proxies()
+    [Theory(Timeout = Slow)]
+    [InlineData("auto")]
+    [InlineData("off")]
+    public async Task A_gigabyte_both_ways_at_once_through_a_chain_of_three_proxies(string splice)
     {
         Pattern up = new(1);
         Pattern down = new(2);
         Upstream upstream = Given.Server();
-        ProxyProcess third = await Given.Proxy("127.0.0.1:0", upstream.Address);
-        ProxyProcess second = await Given.Proxy("127.0.0.1:0", third.Addresses[0]);
-        ProxyProcess first = await Given.Proxy("127.0.0.1:0", second.Addresses[0]);
+        ProxyProcess third = await Given.Proxy("127.0.0.1:0", upstream.Address, "--splice", splice);
+        ProxyProcess second = await Given.Proxy("127.0.0.1:0", third.Addresses[0], "--splice", splice);
+        ProxyProcess first = await Given.Proxy("127.0.0.1:0", second.Addresses[0], "--splice", splice);
         (Peer client, Peer server) = await Given.Bridge(first, upstream);
 
         await Task.WhenAll(
@@ -49,12 +51,14 @@ public sealed class BulkTests : EndToEndTest
         }
     }
 
-    [Fact(Timeout = Slow)]
-    public async Task Two_hundred_connections_of_random_sizes_and_pauses_lose_no_byte()
+    [Theory(Timeout = Slow)]
+    [InlineData("auto")]
+    [InlineData("off")]
+    public async Task Two_hundred_connections_of_random_sizes_and_pauses_lose_no_byte(string splice)
     {
         int seed = Random.Shared.Next();
         Upstream upstream = Given.Echo();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--splice", splice);
         long[] lengths = await Task.WhenAll(
             Enumerable.Range(0, 200).Select(i => Wait.Apart(() => Exchange(seed + i))));
 

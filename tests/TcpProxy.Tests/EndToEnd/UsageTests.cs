@@ -125,7 +125,7 @@ public sealed class UsageTests : EndToEndTest
             "listen", "upstream", "name", "connect-timeout", "retries", "source", "resolve",
             "max-connections", "max-bytes-up", "max-bytes-down", "max-lifetime", "idle-timeout",
             "fin-timeout", "keepalive", "log", "log-file", "log-level", "config", "check-config",
-            "drain-timeout", "threads", "buffer-size", "pid-file", "port-file", "once", "quiet", "verbose",
+            "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));
