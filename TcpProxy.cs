@@ -256,7 +256,7 @@ internal sealed class Option(
             "Event loop threads. auto is one a processor.",
             (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256)),
         new("buffer-size", '\0', "SIZE", "run", Scope.Route, "64k",
-            "Copy at most SIZE bytes at once in a direction (256 to 16m), and splice four times as many. A connection that "
+            "Copy at most SIZE bytes at once in a direction (256 to 16m), and splice four times as many (256k at most). A connection that "
             + "waits holds no buffer.",
             (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
         new("splice", '\0', "auto|off", "run", Scope.Route, "auto",
@@ -521,6 +521,12 @@ internal static class CommandLine
 
         int head = firstListen < 0 ? typed.Count : firstListen;
         Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
+        if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
+        {
+            defaults.Upstreams.Clear();
+            settings.Routes.ForEach(route => route.Upstreams.Clear());
+        }
+
         foreach (Setting setting in typed[..head])
         {
             setting.Apply(settings, defaults);
@@ -821,6 +827,7 @@ internal sealed class Proxy
     internal Proxy(Settings settings)
     {
         _settings = settings;
+        _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
     }
 
@@ -906,9 +913,8 @@ internal sealed class Proxy
 
         void Write(string? path, string text)
         {
-            if (path is not null)
+            if (path is not null && WholeFile.Write(path, text))
             {
-                WholeFile.Write(path, text);
                 _files.Add(path);
             }
         }
@@ -952,7 +958,12 @@ internal sealed class Proxy
             return;
         }
 
-        Interlocked.Increment(ref _serving);
+        if (Interlocked.Increment(ref _serving) == 1)
+        {
+            client.Close(0); // the process has ended meanwhile
+            return;
+        }
+
         if (_settings.Once)
         {
             _stopping.TrySetResult();
@@ -1047,6 +1058,7 @@ internal sealed class Proxy
 internal sealed class Acceptor : IDisposable
 {
     private const int Backlog = 4096; // the kernel takes its own limit when that is lower (net.core.somaxconn)
+    private const int Burst = 64; // clients accepted without a wait
     private const int Pause = 50; // ms between two looks at the backlog while out of descriptors
     private const int FreePortTries = 20; // to find one port that is free on both loopback addresses
 
@@ -1055,6 +1067,7 @@ internal sealed class Acceptor : IDisposable
     private readonly int _portIndex;
     private readonly Action<Socket, int> _accepted;
     private readonly Log _log;
+    private volatile bool _isDisposed;
 
     private Acceptor(Socket socket, string? path, int portIndex, bool isTwin, Log log, Action<Socket, int> accepted)
     {
@@ -1069,6 +1082,7 @@ internal sealed class Acceptor : IDisposable
 
     public void Dispose()
     {
+        _isDisposed = true;
         _socket.Dispose();
         if (_path is not null)
         {
@@ -1079,35 +1093,31 @@ internal sealed class Acceptor : IDisposable
     /// <summary>Accepts until disposed; each client is handed over with its socket (rule 1).</summary>
     internal async Task RunAsync()
     {
-        while (true)
+        for (int burst = 0; !_isDisposed; burst++)
         {
-            Socket client;
             try
             {
-                client = await _socket.AcceptAsync();
+                ValueTask<Socket> accepting = _socket.AcceptAsync(CancellationToken.None);
+                burst = accepting.IsCompleted ? burst : 0;
+                Socket client = await accepting;
+                Exhaustion.Recovered(_log);
+                _accepted(client, _portIndex);
             }
-            catch (Exception e) when (e is ObjectDisposedException || SocketErrors.IsAborted(e))
+            catch (SocketException e) when (!_isDisposed && SocketErrors.IsExhausted(e.SocketErrorCode))
             {
-                return;
-            }
-            catch (SocketException e) when (SocketErrors.IsExhausted(e.SocketErrorCode))
-            {
-                if (!Exhaustion.RefuseWaiting(_socket, _log))
-                {
-                    return;
-                }
-
+                Exhaustion.RefuseWaiting(_socket, _log);
                 await Task.Delay(Pause);
-                continue;
             }
-            catch (SocketException)
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
             {
                 await Task.Delay(1); // this client has left before it was accepted; should it be more, no busy loop
-                continue;
             }
 
-            Exhaustion.Recovered(_log);
-            _accepted(client, _portIndex);
+            if (burst == Burst)
+            {
+                burst = 0;
+                await Task.Yield(); // others of this event loop have their turn
+            }
         }
     }
 
@@ -1144,10 +1154,12 @@ internal sealed class Acceptor : IDisposable
 
                 break;
             default:
-                IPAddress host = Address(address.Host);
-                for (int i = 0; i < address.PortCount; i++)
+                foreach (IPAddress host in Addresses(address.Host))
                 {
-                    Add(BindTcp(host, address.PortAt(i)), null, i);
+                    for (int i = 0; i < address.PortCount; i++)
+                    {
+                        Add(BindTcp(host, address.PortAt(i)), null, i);
+                    }
                 }
 
                 break;
@@ -1159,16 +1171,16 @@ internal sealed class Acceptor : IDisposable
             acceptors.Add(acceptor);
             if (socket.AddressFamily != AddressFamily.Unix)
             {
-                SocketOptions.Listener(socket);
+                SocketOptions.Relay(socket);
             }
 
             socket.Listen(Backlog);
         }
 
-        static IPAddress Address(string host) =>
-            host.Length == 0 ? Socket.OSSupportsIPv6 ? IPAddress.IPv6Any : IPAddress.Any
-            : IPAddress.TryParse(host, out IPAddress? literal) ? literal
-            : Dns.GetHostAddresses(host)[0];
+        static IPAddress[] Addresses(string host) =>
+            host.Length == 0 ? [Socket.OSSupportsIPv6 ? IPAddress.IPv6Any : IPAddress.Any]
+            : IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
+            : Dns.GetHostAddresses(host);
     }
 
     private static Socket BindTcp(IPAddress address, int port)
@@ -1237,15 +1249,15 @@ internal sealed class Acceptor : IDisposable
     /// <summary>A path that a process which is gone has left behind refuses connections; a live one is kept.</summary>
     private static void RemoveStale(UnixDomainSocketEndPoint endPoint, string path)
     {
-        using Socket probe = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        using Socket probe = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified) { Blocking = false };
         try
         {
             probe.Connect(endPoint);
         }
         catch (SocketException e) when (e.SocketErrorCode == SocketError.ConnectionRefused)
         {
-            // an ordinary file refuses too, but it can be opened: it stays, and bind() says that the path is in use
-            if (!WholeFile.CanOpen(path))
+            // what is no socket refuses too: it stays, and bind() says that the path is in use
+            if (WholeFile.IsSocket(path))
             {
                 WholeFile.Remove(path);
             }
@@ -1293,8 +1305,8 @@ internal static class Exhaustion
     }
 
     /// <summary>Refuses all who wait at <paramref name="listener"/>: the reserve lends them a descriptor to be closed
-    /// with, one after the other. False when the listener is closed.</summary>
-    internal static bool RefuseWaiting(Socket listener, Log log)
+    /// with, one after the other.</summary>
+    internal static void RefuseWaiting(Socket listener, Log log)
     {
         lock (Gate)
         {
@@ -1309,13 +1321,9 @@ internal static class Exhaustion
                     _refused++;
                 }
             }
-            catch (SocketException)
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
             {
-                return true; // nobody waits, or the descriptor was taken by another thread: look again later
-            }
-            catch (ObjectDisposedException)
-            {
-                return false;
+                // nobody waits, or the descriptor was taken by another thread: the acceptor looks again later
             }
             finally
             {
@@ -1445,7 +1453,17 @@ internal sealed class UpstreamPool
         {
             Upstream upstream = Pick(tried);
             Interlocked.Increment(ref upstream.Active);
-            Connection connection = await ConnectAsync(upstream, portIndex);
+            Connection connection;
+            try
+            {
+                connection = await ConnectAsync(upstream, portIndex);
+            }
+            catch
+            {
+                Interlocked.Decrement(ref upstream.Active);
+                throw;
+            }
+
             if (connection.Failure is null || !connection.Failure.IsWorthRetry)
             {
                 return connection;
@@ -1556,6 +1574,7 @@ internal sealed class ConnectSettings
 /// <summary>The addresses of one host, looked up when needed, by one look-up at a time, and kept for a while.</summary>
 internal sealed class Resolver
 {
+    private const int Moment = 250; // ms
     private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
 
     private readonly string _host;
@@ -1577,7 +1596,8 @@ internal sealed class Resolver
         _freshUntil = _addresses.Length > 0 ? long.MaxValue : long.MinValue;
     }
 
-    /// <summary>None when the name does not resolve, or not within <paramref name="timeout"/>.</summary>
+    /// <summary>None when the name does not resolve, or not within <paramref name="timeout"/>; where addresses are known
+    /// they serve when an answer takes longer than a moment.</summary>
     internal async ValueTask<IPAddress[]> ResolveAsync(TimeSpan timeout)
     {
         if (Environment.TickCount64 < Volatile.Read(ref _freshUntil))
@@ -1593,7 +1613,8 @@ internal sealed class Resolver
 
         try
         {
-            return await (timeout > TimeSpan.Zero ? lookup.WaitAsync(timeout) : lookup);
+            TimeSpan patience = _addresses.Length > 0 ? TimeSpan.FromMilliseconds(Moment) : timeout;
+            return await (patience > TimeSpan.Zero ? lookup.WaitAsync(patience) : lookup);
         }
         catch (TimeoutException)
         {
@@ -1612,16 +1633,18 @@ internal sealed class Resolver
 
     private async Task<IPAddress[]> LookUpAsync()
     {
+        await Task.Yield(); // so that _lookup is set before it is cleared
         IPAddress[] found = _addresses;
         string? failure = null;
         try
         {
-            // getaddrinfo blocks, and the pool is for what does not; the yield lets _lookup be set before it is cleared
+            // getaddrinfo blocks, and the pool is for what does not
             found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(_host),
-                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)
-                .ConfigureAwait(ConfigureAwaitOptions.ForceYielding));
+                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default));
         }
-        catch (SocketException e)
+#pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
+        catch (Exception e)
+#pragma warning restore CA1031
         {
             failure = Text.Reason(e);
         }
@@ -1672,7 +1695,7 @@ internal sealed class Resolver
 internal sealed class Dial : Watched
 {
     private readonly long _deadline;
-    private CloseReason? _ended; // by the sweep
+    private CloseReason? _ended; // by the sweep, or Done: whoever is first
 
     private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
 
@@ -1689,7 +1712,7 @@ internal sealed class Dial : Watched
         {
             if (!isUnix)
             {
-                socket.NoDelay = true;
+                SocketOptions.Relay(socket);
                 SocketOptions.BindSource(socket, source);
             }
 
@@ -1716,7 +1739,12 @@ internal sealed class Dial : Watched
             }
 
             await connecting;
-            return null;
+            if (IsLoop())
+            {
+                throw new SocketException((int)SocketError.ConnectionRefused);
+            }
+
+            return Interlocked.CompareExchange(ref _ended, CloseReason.Done, null); // or the sweep was first
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
@@ -1728,6 +1756,10 @@ internal sealed class Dial : Watched
             Sweep.Remove(this);
         }
     }
+
+    /// <summary>Where nobody listens, a connect to an own port that the system picks for its near end as well succeeds:
+    /// TCP's simultaneous open with itself.</summary>
+    private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
 
     internal override void Check(long now)
     {
@@ -1741,8 +1773,10 @@ internal sealed class Dial : Watched
 
     private void End(CloseReason reason)
     {
-        _ended ??= reason;
-        Socket.Close(0); // makes the pending connect end
+        if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
+        {
+            Socket.Close(0); // makes the pending connect end
+        }
     }
 }
 
@@ -1755,6 +1789,7 @@ internal static class Dialer
     {
         long deadline = settings.Timeout > TimeSpan.Zero
             ? Environment.TickCount64 + (long)settings.Timeout.TotalMilliseconds : long.MaxValue;
+        CloseReason noTarget = targets.Length == 0 ? CloseReason.NotResolved : CloseReason.WrongFamily;
         if (settings.Source is { } source)
         {
             targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
@@ -1763,7 +1798,7 @@ internal static class Dialer
 
         if (targets.Length != 1)
         {
-            return targets.Length == 0 ? (null, CloseReason.NotResolved) : await RaceAsync(targets, settings.Source, deadline);
+            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, settings.Source, deadline);
         }
 
         (Dial? dial, CloseReason? failure) = Start(targets[0], settings.Source, deadline);
@@ -1879,6 +1914,7 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     internal static readonly CloseReason InternalError = new("IC", "internal error");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
+    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
     internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
 
     internal string Code { get; } = code;
@@ -1929,7 +1965,7 @@ internal sealed class Bridge : Watched
         _references = _down is null ? 1 : 2;
         if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
         {
-            client.NoDelay = true; // on Linux an accepted socket has it from its listener
+            SocketOptions.Relay(client); // on Linux an accepted socket has it from its listener
         }
     }
 
@@ -1956,11 +1992,16 @@ internal sealed class Bridge : Watched
     {
         try
         {
-            Finished(pump, await pump.RunAsync());
+            PumpEnd end = await pump.RunAsync();
+            Finished(pump, end);
+            if (end == PumpEnd.Quota)
+            {
+                await pump.DiscardAsync();
+            }
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            bool isClient = pump.Source == _client ^ pump.IsSending;
+            bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
             CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
             if (pump.IsSending)
             {
@@ -2115,7 +2156,7 @@ internal sealed class Bridge : Watched
     /// <summary>From a source whose pump cannot send, or has finished, nobody receives: a reset would go unnoticed.</summary>
     private void CheckStalled(Pump? pump, CloseReason reason)
     {
-        if (pump is not null && (pump.IsSending || pump.IsFinished) && pump.Source.Poll(0, SelectMode.SelectError))
+        if (pump is not null && (pump.IsSending || pump.IsFinished) && SocketOptions.HasFailed(pump.Source))
         {
             Abort(reason);
         }
@@ -2212,11 +2253,11 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         {
             Pipe? pipe = Pipe.OfThread();
             int length = pipe?.Fill(Source, (int)Math.Min(_left, SpliceFactor * bufferSize)) ?? Pipe.NothingYet;
-            if (length == Pipe.NothingYet)
+            if (length <= 0)
             {
-                if (pipe is null || _burst < bufferSize)
+                if (length == 0 || pipe is null || _burst < bufferSize)
                 {
-                    return PumpEnd.NotYet;
+                    return PumpEnd.NotYet; // whether that was the end, a receive says
                 }
 
                 _burst = 0;
@@ -2242,6 +2283,29 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                 _burst = 0;
                 await Task.Yield();
             }
+        }
+    }
+
+    /// <summary>After the quota. Closing a socket with bytes in it that were not received would reset it, and destroy what
+    /// is on its way to the other side and back.</summary>
+    internal async Task DiscardAsync()
+    {
+        try
+        {
+            ValueTask<int> receiving;
+            do
+            {
+                receiving = Source.ReceiveAsync(_buffer.ForReceive(bufferSize), SocketFlags.None);
+                if (!receiving.IsCompleted)
+                {
+                    _buffer.GiveBackWhileWaiting();
+                }
+            }
+            while (await receiving > 0);
+        }
+        finally
+        {
+            _buffer.GiveBack();
         }
     }
 
@@ -2545,7 +2609,7 @@ internal sealed class Log : IDisposable
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
     private long _dropped;
-    private SafeFileHandle? _file; // owned; disposed by the writer; null = stderr
+    private FileStream? _file; // owned; disposed by the writer; null = stderr
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
@@ -2563,7 +2627,7 @@ internal sealed class Log : IDisposable
         try
         {
             _file = _settings.File is not { } file ? null
-                : File.OpenHandle(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete);
+                : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -2688,7 +2752,12 @@ internal sealed class Log : IDisposable
             }
             else
             {
-                RandomAccess.Write(_file, text.Bytes, RandomAccess.GetLength(_file)); // at its end, though truncated
+                if (_file.CanSeek)
+                {
+                    _file.Seek(0, SeekOrigin.End); // which is elsewhere once somebody has truncated it
+                }
+
+                _file.Write(text.Bytes);
             }
         }
         catch (IOException)
@@ -2897,13 +2966,6 @@ internal static class StandardStream
 
 internal static class SocketErrors
 {
-    /// <summary>The socket was closed by this process.</summary>
-    internal static bool IsAborted(Exception e) => e is SocketException
-    {
-        SocketErrorCode: SocketError.OperationAborted or SocketError.Interrupted
-            or SocketError.InvalidArgument or SocketError.NotSocket
-    };
-
     /// <summary>EMFILE, ENFILE, ENOBUFS, ENOMEM.</summary>
     internal static bool IsExhausted(SocketError error) =>
         error is SocketError.TooManyOpenSockets or SocketError.NoBufferSpaceAvailable;
@@ -2913,8 +2975,20 @@ internal static class SocketOptions
 {
     private const int ProbeCount = 3;
 
-    /// <summary>What accepted sockets inherit on Linux.</summary>
-    internal static void Listener(Socket socket) => socket.NoDelay = true;
+    /// <summary>Every message at once, and urgent bytes in their place among the others. What a listener has, the
+    /// sockets that it accepts have as well on Linux.</summary>
+    internal static void Relay(Socket socket)
+    {
+        try
+        {
+            socket.NoDelay = true;
+            socket.SetSocketOption(SocketOptionLevel.Socket, SocketOptionName.OutOfBandInline, true);
+        }
+        catch (SocketException)
+        {
+            // it was reset before it was ours (macOS); the pump finds out
+        }
+    }
 
     internal static void Keepalive(Socket? socket, TimeSpan time)
     {
@@ -2945,6 +3019,13 @@ internal static class SocketOptions
 
             socket.Bind(new IPEndPoint(source, 0));
         }
+    }
+
+    /// <summary>An error waits to be received, a reset above all. Poll's SelectError would also find urgent data.</summary>
+    internal static bool HasFailed(Socket socket)
+    {
+        Libc.PollDescriptor poll = new() { Descriptor = (int)socket.Handle };
+        return Libc.IsThere && Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0;
     }
 
     /// <summary>Bytes in the send queue that the peer has not acknowledged; 0 where the system does not tell.</summary>
@@ -3003,13 +3084,20 @@ internal static class Descriptors
 /// <summary>Files that others wait for: they appear whole, or not at all.</summary>
 internal static class WholeFile
 {
-    internal static void Write(string path, string text)
+    /// <summary>True when it is ours to remove: a device such as /dev/stdout is written into, not replaced.</summary>
+    internal static bool Write(string path, string text)
     {
-        string temporary = $"{path}.{Environment.ProcessId}.tmp";
+        bool isDevice = path.StartsWith("/dev/", StringComparison.Ordinal) && !path.StartsWith("/dev/shm/", StringComparison.Ordinal);
+        string temporary = isDevice ? path : $"{path}.{Environment.ProcessId}.tmp";
         try
         {
             File.WriteAllBytes(temporary, Encoding.UTF8.GetBytes(text));
-            File.Move(temporary, path, overwrite: true);
+            if (!isDevice)
+            {
+                File.Move(temporary, path, overwrite: true);
+            }
+
+            return !isDevice;
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -3017,14 +3105,21 @@ internal static class WholeFile
         }
     }
 
-    internal static bool CanOpen(string path)
+    /// <summary>open(2) on a socket fails with ENXIO (Linux) or EOPNOTSUPP (macOS).</summary>
+    internal static bool IsSocket(string path)
     {
+        const int Enxio = 6;
+        const int MacNotSupported = 102;
         try
         {
-            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite).Dispose();
-            return true;
+            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite).Dispose();
+            return false;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (IOException e)
+        {
+            return e.HResult == (OperatingSystem.IsMacOS() ? MacNotSupported : Enxio);
+        }
+        catch (UnauthorizedAccessException)
         {
             return false;
         }
@@ -3059,7 +3154,7 @@ internal sealed class Pipe
     [ThreadStatic]
     private static Pipe? _ofThread;
 
-    private static bool _isRefused; // by the kernel: a socket that cannot be spliced, or a system without splice
+    private static bool _isRefused; // for good: a socket that cannot be spliced, a system or a sandbox without splice
 
     private readonly SafeFileHandle _out; // owned; both are closed when the pipe is, or finalized with their thread
     private readonly SafeFileHandle _in;
@@ -3085,7 +3180,8 @@ internal sealed class Pipe
         return !Libc.IsThere || _isRefused ? null : _ofThread ??= Open();
     }
 
-    /// <summary>Takes up to <paramref name="most"/> bytes from <paramref name="source"/>; 0 at its end.</summary>
+    /// <summary>Takes up to <paramref name="most"/> bytes from <paramref name="source"/>; 0 at its end, but also where it
+    /// stops at urgent data.</summary>
     /// <exception cref="SocketException">the source has failed</exception>
     internal int Fill(Socket source, int most)
     {
@@ -3096,9 +3192,13 @@ internal sealed class Pipe
         }
 
         int error = Marshal.GetLastPInvokeError();
-        _isRefused = error == Libc.Einval;
-        return error is Libc.Eagain or Libc.Eintr or Libc.Einval ? NothingYet
-            : throw new SocketException((int)SocketError.ConnectionReset);
+        if (Libc.IsConnectionLost(error))
+        {
+            throw new SocketException((int)SocketError.ConnectionReset); // splice has taken the error off the socket
+        }
+
+        _isRefused |= error is not (Libc.Eagain or Libc.Eintr);
+        return NothingYet;
     }
 
     /// <summary>Gives what is in it to <paramref name="target"/>; returns how much that did not take.</summary>
@@ -3145,14 +3245,17 @@ internal static partial class Libc
     internal const int RlimitNofile = 7;
     internal const int Eintr = 4;
     internal const int Eagain = 11;
-    internal const int Einval = 22;
     internal const int GetDescriptorFlags = 1;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
+    internal const short PollError = 8;
 
-    /// <summary>The numbers above and below are Linux's, on x64 and arm64.</summary>
+    /// <summary>The numbers above and below are Linux's, on x64 and arm64. TCPPROXY_PORTABLE=1 is for the tests.</summary>
     internal static bool IsThere { get; } =
         OperatingSystem.IsLinux() && Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") != "1";
+
+    /// <summary>EPIPE, ENETUNREACH, ECONNRESET, ENOTCONN, ETIMEDOUT, EHOSTUNREACH.</summary>
+    internal static bool IsConnectionLost(int error) => error is 32 or 101 or 104 or 107 or 110 or 113;
 
     [StructLayout(LayoutKind.Sequential)]
     internal struct PollDescriptor
@@ -3285,6 +3388,12 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 
     private static void CheckHost(string host)
     {
+        const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
+        if (host.Length > Longest)
+        {
+            throw new FormatException($"a host name of {host.Length} characters; it has at most {Longest}");
+        }
+
         foreach (char c in host)
         {
             if (!char.IsLetterOrDigit(c) && c is not ('.' or '-' or '_'))
@@ -3312,9 +3421,9 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 
     protected static string CheckPath(string path)
     {
-        const int Longest = 107; // bytes: sun_path of unix(7), with its NUL
-        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= Longest ? path
-            : throw new FormatException($"'{path}' is longer than the {Longest} bytes of a unix socket's path");
+        int longest = OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
+        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= longest ? path
+            : throw new FormatException($"'{path}' is longer than the {longest} bytes of a unix socket's path");
     }
 
     protected static bool IsPorts(string text) =>
@@ -3348,7 +3457,7 @@ internal sealed class ListenAddress : Address
         }
 
         (string host, int port, int lastPort) = Split(text, isListen: true);
-        return new(text, AddressKind.Tcp, host, port, lastPort);
+        return new(text, host == "localhost" ? AddressKind.Loopback : AddressKind.Tcp, host, port, lastPort);
     }
 }
 
@@ -3395,7 +3504,7 @@ internal static class Units
     private static readonly string[] Suffixes = ["d", "h", "m", "s", "ms"];
     private static readonly long[] Milliseconds = [86_400_000, 3_600_000, 60_000, 1000, 1];
 
-    private const long Longest = 10_000L * 86_400_000; // ms
+    private const long Longest = 49L * 86_400_000; // ms: what the runtime's timers can count
 
     /// <exception cref="FormatException">it is no time</exception>
     internal static TimeSpan ParseTime(string text)

@@ -55,6 +55,30 @@ public sealed class AbortTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Urgent_data_is_data_and_no_reset()
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        Pattern pattern = new(1);
+        const int Length = 64 << 20; // more than all buffers on the way: the proxy has to wait for the client
+        Task sending = Wait.Apart(async () =>
+        {
+            await server.Send(pattern, Length);
+            await server.Socket.SendAsync(new byte[] { (byte)'!' }, System.Net.Sockets.SocketFlags.OutOfBand);
+            await server.Send("after");
+            server.Finish();
+        });
+        await Wait.Pause(3_000); // long enough for the proxy to look after a bridge that makes no progress
+        await client.Receive(pattern, Length);
+        await client.ReceiveText("!after");
+        await sending;
+        client.Finish();
+        await client.ExpectEnd();
+        Assert.Equal("--", (await proxy.Connection(client)).End);
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_reset_after_the_own_end_is_passed_on_as_well()
     {
         Upstream upstream = Given.Server();

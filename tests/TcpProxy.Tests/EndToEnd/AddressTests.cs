@@ -404,4 +404,18 @@ public sealed class AddressTests : EndToEndTest
             .SelectMany(i => i.GetIPProperties().UnicastAddresses)
             .Select(a => a.Address)
             .Where(a => !IPAddress.IsLoopback(a) && !a.IsIPv6LinkLocal);
+
+    [Fact(Timeout = Quick)]
+    public async Task A_file_that_is_no_socket_is_never_removed()
+    {
+        // a program that runs cannot be opened for writing, and refuses a connection as a stale socket does
+        string sleep = Tool.Need("sleep", "coreutils");
+        string victim = Given.Path("victim");
+        System.IO.File.Copy(sleep, victim);
+        Tool.Background(Given, victim, "60");
+        Outcome outcome = await Tool.Proxy($"unix:{victim}", "echo");
+        Assert.Equal(1, outcome.Status);
+        Assert.Contains("address already in use", outcome.Err, System.StringComparison.Ordinal);
+        Assert.True(System.IO.File.Exists(victim), "the file was removed");
+    }
 }

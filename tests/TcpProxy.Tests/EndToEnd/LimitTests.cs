@@ -134,6 +134,26 @@ public sealed class LimitTests : EndToEndTest
         }
     }
 
+    [Theory(Timeout = Quick)]
+    [InlineData("echo")]
+    [InlineData("server")]
+    public async Task What_comes_beyond_the_quota_does_not_destroy_what_has_passed(string kind)
+    {
+        const int Quota = 3_000_000;
+        Upstream upstream = Given.Echo();
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", kind == "echo" ? kind : upstream.Address, "--max-bytes-down", $"{Quota}");
+        Peer client = await Given.Client(proxy);
+        Pattern pattern = new(1);
+        Task sending = client.Send(pattern, 3 * Quota);
+        await Wait.Pause(1_000); // a slow reader
+        await client.Receive(pattern, Quota);
+        await client.ExpectEnd();
+        await Record.ExceptionAsync(() => sending); // it may be cut short
+        LogLine line = await proxy.Connection(client);
+        Assert.Equal(("PD", "byte quota down", Quota), (line.End, line.Reason, line.BytesDown));
+    }
+
     [Fact(Timeout = Quick)]
     public async Task Before_the_first_listen_the_connection_limit_bounds_all_routes_together()
     {

@@ -211,4 +211,15 @@ public sealed class LoggingTests : EndToEndTest
         client.Finish();
         await client.ExpectEnd();
     }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_log_file_may_be_a_pipe()
+    {
+        string sh = Tool.Need("sh", "dash");
+        Outcome outcome = await Tool.Run(sh, "-c",
+            "{ sleep 1; kill -TERM $$; } & exec \"$0\" 127.0.0.1:0 echo --log-file /dev/stdout", ProxyProcess.Binary);
+        Assert.Equal((0, string.Empty), (outcome.Status, outcome.Err));
+        Assert.Contains("event=listening", outcome.Out, StringComparison.Ordinal);
+        Assert.Contains("event=stopped", outcome.Out, StringComparison.Ordinal);
+    }
 }

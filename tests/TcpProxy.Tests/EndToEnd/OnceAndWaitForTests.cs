@@ -113,4 +113,11 @@ public sealed class OnceAndWaitForTests : EndToEndTest
         Assert.Equal(1, outcome.Status);
         Assert.InRange(clock.ElapsedMilliseconds, 800, 4_000);
     }
+
+    [Fact(Timeout = Quick)]
+    public async Task Once_without_a_client_has_failed()
+    {
+        ProxyProcess proxy = await Given.Proxy(new Launch { ExpectedExit = 1 }, "127.0.0.1:0", "echo", "--once");
+        Assert.Equal(1, await proxy.Stop());
+    }
 }

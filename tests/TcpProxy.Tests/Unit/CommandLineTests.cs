@@ -142,6 +142,8 @@ public sealed class CommandLineTests
                 ["-c", file, "--idle-timeout", "9m", "-l", "3", "-u", "c:3", "--fin-timeout", "8s"]);
             Assert.Equal(["1", "the second # one", "3"], settings.Routes.ConvertAll(r => r.Title));
             Assert.All(settings.Routes, r => Assert.Equal(TimeSpan.FromMinutes(9), r.Bridge.IdleTimeout));
+            Assert.All(CommandLine.Parse(["-c", file, "-u", "x:1", "-u", "y:1"]).Routes,
+                r => Assert.Equal(["x:1", "y:1"], r.Upstreams.ConvertAll(u => u.Text)));
             Assert.Equal([7, 7, 8], settings.Routes.ConvertAll(r => (int)r.Bridge.FinTimeout.TotalSeconds));
         }
         finally

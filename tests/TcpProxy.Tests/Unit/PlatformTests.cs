@@ -33,7 +33,7 @@ public sealed class PlatformTests
     [InlineData("1 s")]
     [InlineData("٣s")]
     [InlineData("99999999999999999999")]
-    [InlineData("10001d")]
+    [InlineData("50d")] // more than the runtime's timers count
     [InlineData("OFF")]
     public void What_is_no_time(string text) => Assert.Throws<FormatException>(() => Units.ParseTime(text));
 
@@ -57,6 +57,7 @@ public sealed class PlatformTests
     [Theory]
     [InlineData("8080", "", 8080, 8080, AddressKind.Loopback)]
     [InlineData("8000-8010", "", 8000, 8010, AddressKind.Loopback)]
+    [InlineData("localhost:80", "localhost", 80, 80, AddressKind.Loopback)]
     [InlineData(":80", "", 80, 80, AddressKind.Tcp)]
     [InlineData("*:80", "", 80, 80, AddressKind.Tcp)]
     [InlineData("[::1]:80", "::1", 80, 80, AddressKind.Tcp)]
@@ -114,6 +115,15 @@ public sealed class PlatformTests
     {
         Assert.Throws<FormatException>(() => ListenAddress.Parse(text));
         Assert.Throws<FormatException>(() => UpstreamAddress.Parse(text));
+    }
+
+    [Fact]
+    public void A_host_name_has_at_most_253_characters()
+    {
+        string longest = new('a', 253);
+        Assert.Equal(longest, UpstreamAddress.Parse($"{longest}:80").Host);
+        Assert.Throws<FormatException>(() => UpstreamAddress.Parse($"{longest}a:80"));
+        Assert.Throws<FormatException>(() => ListenAddress.Parse($"{longest}a:80"));
     }
 
     [Theory]
