@@ -36,7 +36,7 @@
 //                 A third of HAProxy's processor time per byte, two thirds of Go's. What the target does not take at
 //                 once leaves the pipe as a rented buffer, so that a pipe is empty whenever its thread does other work,
 //                 a connection holds none, and one pipe a thread is enough.
-//   not at all    a silent connection holds no buffer and no pipe: 5 KB of objects, of which the runtime's two sockets
+//   not at all    a silent connection holds no buffer and no pipe: 5 to 7.5 KB of objects, of which the runtime's two sockets
 //                 with their event arguments are 2.8 KB.
 //
 // RULES OF OWNERSHIP                   cited in the code as "rule 3"
