@@ -256,8 +256,8 @@ internal sealed class Option(
             "Event loop threads. auto is one a processor.",
             (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256)),
         new("buffer-size", '\0', "SIZE", "run", Scope.Route, "64k",
-            "Copy at most SIZE bytes at once in a direction (256 to 16m), and splice four times as many (256k at most). A connection that "
-            + "waits holds no buffer.",
+            "Copy at most SIZE bytes at once in a direction (256 to 16m), and splice four times as many (256k at most). "
+            + "A connection that waits holds no buffer.",
             (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
         new("splice", '\0', "auto|off", "run", Scope.Route, "auto",
             "Move streams inside the kernel (Linux, splice(2)) instead of copying them.",
@@ -3087,7 +3087,8 @@ internal static class WholeFile
     /// <summary>True when it is ours to remove: a device such as /dev/stdout is written into, not replaced.</summary>
     internal static bool Write(string path, string text)
     {
-        bool isDevice = path.StartsWith("/dev/", StringComparison.Ordinal) && !path.StartsWith("/dev/shm/", StringComparison.Ordinal);
+        bool isDevice = path.StartsWith("/dev/", StringComparison.Ordinal)
+            && !path.StartsWith("/dev/shm/", StringComparison.Ordinal);
         string temporary = isDevice ? path : $"{path}.{Environment.ProcessId}.tmp";
         try
         {
@@ -3379,7 +3380,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 
         int Port(string digits) =>
             !TcpProxy.Text.IsDigits(digits) || digits.Length > 5
-                ? throw new FormatException(digits.Length == 0 ? $"'{text}' has no port" : $"'{text}': '{digits}' is not a port")
+                ? throw new FormatException(
+                    digits.Length == 0 ? $"'{text}' has no port" : $"'{text}': '{digits}' is not a port")
             : int.Parse(digits, CultureInfo.InvariantCulture) is int port && port > HighestPort
                 ? throw new FormatException($"'{text}': port {port} is above {HighestPort}")
             : port == 0 && !isListen ? throw new FormatException($"'{text}': nothing can be reached at port 0")
@@ -3714,7 +3716,8 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') => escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
+                < ' ' or (>= '\u007f' and <= '\u009f') =>
+                    escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
                 _ => escaped.Append(c),
             };
         }
