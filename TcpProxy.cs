@@ -2205,14 +2205,7 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
             int full = 0;
             do
             {
-                ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(_left), SocketFlags.None);
-                if (!receiving.IsCompleted)
-                {
-                    _buffer.GiveBackWhileWaiting();
-                    _burst = 0;
-                }
-
-                int length = await receiving;
+                int length = await ReceiveAsync(_left);
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
@@ -2229,9 +2222,8 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                     full = 0;
                 }
 
-                if (_burst >= Burst)
+                if (IsTurnOver())
                 {
-                    _burst = 0;
                     await Task.Yield();
                 }
             }
@@ -2278,9 +2270,8 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                 return end;
             }
 
-            if (_burst >= Burst)
+            if (IsTurnOver())
             {
-                _burst = 0;
                 await Task.Yield();
             }
         }
@@ -2292,16 +2283,14 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
     {
         try
         {
-            ValueTask<int> receiving;
-            do
+            while (await ReceiveAsync(bufferSize) is int length and > 0)
             {
-                receiving = Source.ReceiveAsync(_buffer.ForReceive(bufferSize), SocketFlags.None);
-                if (!receiving.IsCompleted)
+                _burst += length;
+                if (IsTurnOver())
                 {
-                    _buffer.GiveBackWhileWaiting();
+                    await Task.Yield();
                 }
             }
-            while (await receiving > 0);
         }
         finally
         {
@@ -2322,6 +2311,26 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         {
             ArrayPool<byte>.Shared.Return(rest);
         }
+    }
+
+    /// <summary>Not async itself, so that it costs no task: it only sees to the buffer while the receive waits.</summary>
+    private ValueTask<int> ReceiveAsync(long most)
+    {
+        ValueTask<int> receiving = Source.ReceiveAsync(_buffer.ForReceive(most), SocketFlags.None);
+        if (!receiving.IsCompleted)
+        {
+            _buffer.GiveBackWhileWaiting();
+            _burst = 0;
+        }
+
+        return receiving;
+    }
+
+    private bool IsTurnOver()
+    {
+        bool isOver = _burst >= Burst;
+        _burst = isOver ? 0 : _burst;
+        return isOver;
     }
 
     private PumpEnd Count(int length)

@@ -80,19 +80,14 @@ public sealed class BackpressureTests : EndToEndTest
             _ = Push(client);
         }
 
-        long last = -1;
-        await Wait.Until(Quiet, "the writers to be stopped", 60);
+        for (long last = -1; last != Interlocked.Read(ref sent);) // until nobody could send for half a second
+        {
+            last = Interlocked.Read(ref sent);
+            await Wait.Pause(500);
+        }
+
         long grown = proxy.Resident - before;
         Assert.True(grown < Count * 2 * 64 * 1024 + (8 << 20), $"resident memory grew by {grown}");
-
-        bool Quiet()
-        {
-            long now = Interlocked.Read(ref sent);
-            bool same = now == last;
-            last = now;
-            Thread.Sleep(500);
-            return same;
-        }
 
         async Task Push(Peer peer)
         {
