@@ -972,11 +972,12 @@ internal sealed class Proxy
         _ = ServeAsync(route, portIndex, client);
     }
 
-    /// <summary>Steps (2) to (8). Nobody awaits it, so it ends without an exception whatever happens.</summary>
+    /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
         ConnectionLine line = new(route.Title);
-        CloseReason reason = CloseReason.InternalError;
+        CloseReason? reason = null;
+        bool isAdmitted = false;
         try
         {
             line.Client = client.RemoteEndPoint;
@@ -985,20 +986,27 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            if (!route.Limit.TryEnter()) // (2)
+            isAdmitted = route.Limit.TryEnter(); // (2)
+            if (!isAdmitted)
             {
                 client.Dispose();
                 reason = CloseReason.LimitReached;
                 return;
             }
 
-            try
+            Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
+            line.Target = connection.Upstream.Address.Text;
+            reason = connection.Failure;
+            if (reason is null)
             {
-                reason = await RelayAsync(route, portIndex, client, line);
+                line.Connected(connection.Server);
+                Bridge bridge = new(client, connection.Socket, connection.Upstream.Address.Kind, route.Settings.Bridge); // (5)
+                _ = RelayAsync(route, connection, bridge, line);
             }
-            finally
+            else
             {
-                route.Limit.Leave();
+                connection.Release();
+                client.Close(0); // a reset: the client must not take this for an empty answer
             }
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
@@ -1006,42 +1014,47 @@ internal sealed class Proxy
 #pragma warning restore CA1031
         {
             client.Close(0);
-            _log.Event(LogLevel.Error, "internal-error", e.ToString());
+            reason = CloseReason.Unexpected(e);
         }
         finally
         {
-            End(line, reason); // (8)
+            if (reason is not null)
+            {
+                End(route, isAdmitted, line, reason);
+            }
         }
     }
 
-    /// <summary>Steps (3) to (7).</summary>
-    private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
+    /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
+    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
     {
-        using Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
-        line.Target = connection.Upstream.Address.Text;
-        if (connection.Failure is { } failure)
-        {
-            client.Close(0); // a reset: the client must not take this for an empty answer
-            return failure;
-        }
-
-        line.Connected(connection.Server);
-
-        Bridge bridge = new(client, connection.Socket, connection.Upstream.Address.Kind, route.Settings.Bridge); // (5)
-        CloseReason reason = await bridge.RunAsync(); // (6) (7)
+        bridge.Start();
+        await bridge.Up;
+        await bridge.Down;
+        connection.Release();
         (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        return reason;
+        End(route, isAdmitted: true, line, bridge.Reason!);
     }
 
-    private void End(ConnectionLine line, CloseReason reason)
+    private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
     {
+        if (isAdmitted)
+        {
+            route.Limit.Leave();
+        }
+
+        if (reason.Error is { } error)
+        {
+            _log.Event(LogLevel.Error, "internal-error", error.ToString());
+        }
+
         if (reason == CloseReason.OutOfDescriptors)
         {
             Exhaustion.Refused(_log); // one line an episode, not one a client
         }
         else
         {
-            line.Ended(reason.Code, reason.Words);
+            line.Ended(reason.Code, reason.Words); // (8)
             _log.Ended(line);
         }
 
@@ -1419,16 +1432,16 @@ internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings
     internal int Active; // connections; changed by Interlocked
 }
 
-/// <summary>The outcome of steps (3) and (4): a socket, or the failure. Disposing it gives the server's place back;
+/// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure) : IDisposable
+internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure)
 {
     internal Upstream Upstream { get; } = upstream;
     internal Socket? Socket { get; } = socket; // null for the built-in servers
     internal EndPoint? Server { get; } = server;
     internal CloseReason? Failure { get; } = failure;
 
-    public void Dispose() => Interlocked.Decrement(ref Upstream.Active);
+    internal void Release() => Interlocked.Decrement(ref Upstream.Active);
 }
 
 internal sealed class UpstreamPool
@@ -1475,7 +1488,7 @@ internal sealed class UpstreamPool
                 return connection;
             }
 
-            connection.Dispose();
+            connection.Release();
         }
     }
 
@@ -1512,7 +1525,8 @@ internal sealed class UpstreamPool
         Sweep.Start([settings.Timeout]);
         while (true)
         {
-            using Connection connection = await pool.ConnectAsync(0);
+            Connection connection = await pool.ConnectAsync(0);
+            connection.Release();
             connection.Socket?.Dispose();
             if (connection.Failure is not { } failure)
             {
@@ -1761,12 +1775,14 @@ internal sealed class Dial : Watched
     /// TCP's simultaneous open with itself.</summary>
     private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
 
-    internal override void Check(long now)
+    internal override bool Check(long now)
     {
         if (now >= _deadline)
         {
             End(CloseReason.ConnectTimeout);
         }
+
+        return true;
     }
 
     internal override void Stop() => End(CloseReason.StoppedConnecting);
@@ -1897,7 +1913,8 @@ internal sealed class BridgeSettings
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
-internal sealed class CloseReason(string code, string words, bool isOrderly = false, bool isWorthRetry = false)
+internal sealed class CloseReason(
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -1911,7 +1928,6 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
-    internal static readonly CloseReason InternalError = new("IC", "internal error");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
     internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
@@ -1924,13 +1940,18 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     /// <summary>The failure is this server's, so another may do better.</summary>
     internal bool IsWorthRetry { get; } = isWorthRetry;
 
-    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? InternalError
+    /// <summary>What nobody expected: a defect of ours.</summary>
+    internal Exception? Error { get; } = error;
+
+    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
         : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
         : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
         : new CloseReason("SC", Text.Reason(error), isWorthRetry: true);
 }
 
-internal sealed class Bridge : Watched
+internal sealed class Bridge : PumpOwner
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -1963,6 +1984,12 @@ internal sealed class Bridge : Watched
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
+        client.Blocking = false;
+        if (upstream is not null)
+        {
+            upstream.Blocking = false;
+        }
+
         if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
         {
             SocketOptions.Relay(client); // on Linux an accepted socket has it from its listener
@@ -1972,60 +1999,23 @@ internal sealed class Bridge : Watched
     internal long BytesUp => _up.Bytes;
     internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
-    /// <summary>Ends when both sides have ended, or either was aborted; then both sockets are closed.</summary>
-    internal async Task<CloseReason> RunAsync()
+    /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
+    internal Task Up { get; private set; } = Task.CompletedTask;
+    internal Task Down { get; private set; } = Task.CompletedTask;
+    internal CloseReason? Reason => _reason;
+
+    internal void Start()
     {
         Sweep.Add(this);
-        Task up = RunAsync(_up);
+        Up = _up.RunAsync(this);
         if (_down is not null)
         {
-            await RunAsync(_down);
-        }
-
-        await up;
-        return _reason!;
-    }
-
-    /// <summary>One direction to its end. An error has a culprit: the source when it was received from, else the
-    /// target.</summary>
-    private async Task RunAsync(Pump pump)
-    {
-        try
-        {
-            PumpEnd end = await pump.RunAsync();
-            Finished(pump, end);
-            if (end == PumpEnd.Quota)
-            {
-                await pump.DiscardAsync();
-            }
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
-            CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
-            if (pump.IsSending)
-            {
-                // what the target had sent before it went away may still wait to be received: its pump ends by itself
-                Interlocked.CompareExchange(ref _reason, reason, null);
-            }
-            else
-            {
-                Abort(reason);
-            }
-        }
-        catch
-        {
-            Abort(CloseReason.InternalError); // the other pump must not go on alone
-            throw;
-        }
-        finally
-        {
-            Release();
+            Down = _down.RunAsync(this);
         }
     }
 
     /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
-    private void Finished(Pump pump, PumpEnd end)
+    internal override void Finished(Pump pump, PumpEnd end)
     {
         if (end == PumpEnd.Quota)
         {
@@ -2040,14 +2030,36 @@ internal sealed class Bridge : Watched
             {
                 pump.Target?.Shutdown(SocketShutdown.Send);
             }
-            catch (SocketException)
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
             {
                 // the target has gone; the other pump finds out why
             }
         }
     }
 
-    private void Release()
+    /// <summary>An error has a culprit: the source when it was received from, else the target.</summary>
+    internal override void Failed(Pump pump, Exception error)
+    {
+        if (error is not (SocketException or ObjectDisposedException))
+        {
+            Abort(CloseReason.Unexpected(error)); // the other pump must not go on alone
+            return;
+        }
+
+        bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
+        CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
+        if (pump.IsSending)
+        {
+            // what the target had sent before it went away may still wait to be received: its pump ends by itself
+            Interlocked.CompareExchange(ref _reason, reason, null);
+        }
+        else
+        {
+            Abort(reason);
+        }
+    }
+
+    internal override void Release()
     {
         if (Interlocked.Decrement(ref _references) == 0)
         {
@@ -2080,22 +2092,22 @@ internal sealed class Bridge : Watched
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
-    internal override void Check(long now)
+    internal override bool Check(long now)
     {
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
         {
             Abort(CloseReason.MaxLifetime);
-            return;
+            return true;
         }
 
         try
         {
             Probe(now);
-            CheckProgress(now);
+            return CheckProgress(now);
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            // it has just been closed
+            return true; // it has just been closed
         }
     }
 
@@ -2109,13 +2121,13 @@ internal sealed class Bridge : Watched
         }
     }
 
-    private void CheckProgress(long now)
+    private bool CheckProgress(long now)
     {
         long progress = ((BytesUp + BytesDown) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
         if (progress != _progress)
         {
             (_progress, _quietSince, _unsent) = (progress, now, -1);
-            return;
+            return true;
         }
 
         long quiet = now - _quietSince;
@@ -2128,7 +2140,7 @@ internal sealed class Bridge : Watched
         (TimeSpan limit, CloseReason reason) = Limit();
         if (limit == TimeSpan.Zero || quiet < limit.TotalMilliseconds / 2)
         {
-            return;
+            return false;
         }
 
         // a slow reader takes long for what one send has left in the kernel's queue: that is progress too
@@ -2145,6 +2157,8 @@ internal sealed class Bridge : Watched
         {
             Abort(reason);
         }
+
+        return false;
     }
 
     private (TimeSpan Limit, CloseReason Reason) Limit() =>
@@ -2177,6 +2191,17 @@ internal enum PumpEnd
     Quota,
 }
 
+/// <summary>Owns the sockets of its pumps. Each pump holds a reference to it, and gives it back when it has ended.</summary>
+internal abstract class PumpOwner : Watched
+{
+    /// <summary>No more bytes will come this way.</summary>
+    internal abstract void Finished(Pump pump, PumpEnd end);
+
+    internal abstract void Failed(Pump pump, Exception error);
+
+    internal abstract void Release();
+}
+
 internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
@@ -2195,9 +2220,9 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
-    /// <summary>Copies until the end; as long as it is a stream, the kernel does it.</summary>
-    /// <exception cref="SocketException">the source when not <see cref="IsSending"/>, else the target, has failed</exception>
-    internal async Task<PumpEnd> RunAsync()
+    /// <summary>Copies until the end; as long as it is a stream, the kernel does it. Never throws: its owner is told, by
+    /// a call rather than by a task of its own that would wait as long as the pump (200 bytes a connection).</summary>
+    internal async Task RunAsync(PumpOwner owner)
     {
         try
         {
@@ -2209,7 +2234,12 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
-                    await Target.SendAsync(_buffer.Received(length), SocketFlags.None); // all of it: it is a stream
+                    int sent = length < bufferSize ? Send(length) : 0;
+                    if (sent < length)
+                    {
+                        await Target.SendAsync(_buffer.Received(length)[sent..], SocketFlags.None);
+                    }
+
                     IsSending = false;
                 }
 
@@ -2229,11 +2259,22 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
             }
             while (end == PumpEnd.NotYet);
             IsFinished = true;
-            return end;
+            owner.Finished(this, end);
+            if (end == PumpEnd.Quota)
+            {
+                await DiscardAsync();
+            }
+        }
+#pragma warning disable CA1031 // the owner decides what it means
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            owner.Failed(this, e);
         }
         finally
         {
             _buffer.GiveBack();
+            owner.Release();
         }
     }
 
@@ -2279,23 +2320,18 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
 
     /// <summary>After the quota. Closing a socket with bytes in it that were not received would reset it, and destroy what
     /// is on its way to the other side and back.</summary>
-    internal async Task DiscardAsync()
+    private async Task<PumpEnd> DiscardAsync()
     {
-        try
+        while (await ReceiveAsync(bufferSize) is int length and > 0)
         {
-            while (await ReceiveAsync(bufferSize) is int length and > 0)
+            _burst += length;
+            if (IsTurnOver())
             {
-                _burst += length;
-                if (IsTurnOver())
-                {
-                    await Task.Yield();
-                }
+                await Task.Yield();
             }
         }
-        finally
-        {
-            _buffer.GiveBack();
-        }
+
+        return PumpEnd.Source;
     }
 
     /// <summary>The target is full, or gone: SendAsync waits, or says so.</summary>
@@ -2311,6 +2347,14 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         {
             ArrayPool<byte>.Shared.Return(rest);
         }
+    }
+
+    /// <summary>What the kernel takes at once of a message, which is nearly always all of it. SendAsync would begin with the
+    /// same system call, and keep its event arguments (360 bytes a socket) for the next.</summary>
+    private int Send(int length)
+    {
+        int sent = Target!.Send(_buffer.Received(length).Span, SocketFlags.None, out SocketError error);
+        return error is SocketError.Success or SocketError.WouldBlock ? sent : throw new SocketException((int)error);
     }
 
     /// <summary>Not async itself, so that it costs no task: it only sees to the buffer while the receive waits.</summary>
@@ -2788,20 +2832,21 @@ internal abstract class Watched
 {
     internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
 
-    /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed.</summary>
-    internal abstract void Check(long now);
+    /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed. False when nothing
+    /// has happened since the last time.</summary>
+    internal abstract bool Check(long now);
 
     /// <summary>Called instead once the process is to end.</summary>
     internal abstract void Stop();
 }
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
-/// as often as an eighth of the shortest timeout, and not at all while there is nothing to look at.</summary>
+/// as often as an eighth of the shortest timeout, and not at all while there is nothing to look at. When all is quiet, it
+/// gives the garbage of the connections that came and went back to the system.</summary>
 internal static class Sweep
 {
     private const int Shortest = 25; // ms between two looks
     private const int Longest = 1000;
-
     private static readonly Lock Gate = new();
     private static readonly AutoResetEvent Bell = new(false);
     private static Watched[] _watched = new Watched[64];
@@ -2865,9 +2910,10 @@ internal static class Sweep
     private static void Run()
     {
         Watched[] seen = [];
+        Rest rest = new();
         while (true)
         {
-            Bell.WaitOne(IsEmpty() ? Timeout.Infinite : _interval);
+            Bell.WaitOne(!IsEmpty() ? _interval : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
             int count;
             lock (Gate)
             {
@@ -2878,6 +2924,7 @@ internal static class Sweep
 
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
+            bool isQuiet = true;
             foreach (Watched watched in seen.AsSpan(0, count))
             {
                 if (isStop)
@@ -2886,11 +2933,12 @@ internal static class Sweep
                 }
                 else
                 {
-                    watched.Check(now);
+                    isQuiet &= !watched.Check(now);
                 }
             }
 
             Array.Clear(seen, 0, count);
+            rest.Look(isQuiet, now);
         }
     }
 
@@ -2899,6 +2947,35 @@ internal static class Sweep
         lock (Gate)
         {
             return _isAsleep = _count == 0;
+        }
+    }
+}
+
+/// <summary>Collects garbage when it disturbs nobody. The pause is 3 ms with 1,000 connections and 26 with 9,000, of which
+/// each then takes 3.1 KB instead of 3.5 to 5.</summary>
+internal sealed class Rest
+{
+    internal const int Quiet = 500; // ms
+    private const long Worth = 1 << 20; // bytes allocated since the last collection
+
+    private long _allocated;
+    private long _collected; // of _allocated
+    private long _quietSince;
+
+    internal bool IsDue => _allocated - _collected > Worth + (GC.GetTotalMemory(false) / 4);
+
+    /// <summary>Called again and again with whether anything has happened since the last time.</summary>
+    internal void Look(bool isQuiet, long now)
+    {
+        long allocated = GC.GetTotalAllocatedBytes();
+        if (!isQuiet || allocated != _allocated)
+        {
+            (_allocated, _quietSince) = (allocated, now);
+        }
+        else if (now - _quietSince >= Quiet && IsDue)
+        {
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+            _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
     }
 }
