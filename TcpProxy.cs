@@ -2841,8 +2841,8 @@ internal abstract class Watched
 }
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
-/// as often as an eighth of the shortest timeout, and not at all while there is nothing to look at. When all is quiet, it
-/// gives the garbage of the connections that came and went back to the system.</summary>
+/// as often as an eighth of the shortest timeout, half as often while all is quiet, and not at all while there is nothing
+/// to look at.</summary>
 internal static class Sweep
 {
     private const int Shortest = 25; // ms between two looks
@@ -2911,9 +2911,11 @@ internal static class Sweep
     {
         Watched[] seen = [];
         Rest rest = new();
+        bool isQuiet = false;
         while (true)
         {
-            Bell.WaitOne(!IsEmpty() ? _interval : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
+            int pause = isQuiet ? Math.Min(2 * _interval, Longest) : _interval;
+            Bell.WaitOne(!IsEmpty() ? pause : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
             int count;
             lock (Gate)
             {
@@ -2924,7 +2926,7 @@ internal static class Sweep
 
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
-            bool isQuiet = true;
+            isQuiet = true;
             foreach (Watched watched in seen.AsSpan(0, count))
             {
                 if (isStop)
