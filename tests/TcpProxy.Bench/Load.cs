@@ -603,6 +603,98 @@ internal sealed unsafe class BulkDown(int port, int connections, Counters counte
     }
 }
 
+/// <summary>Some connections that read as fast as it goes, first alone, then beside many that hardly read. Units are the
+/// fast ones' bytes beside the slow ones.</summary>
+internal sealed unsafe class Mixed(int port, int fast, int slow, Counters counters)
+    : Load(port, fast + slow, counters)
+{
+    private const int Sip = 4096; // bytes that a slow connection reads at once, ten times a second
+    private const double Filling = 1.0; // seconds until the buffers of the slow ones are full, which takes the backend all it has
+    private const double Window = 0.4; // seconds
+    private int _next = -1;
+    private long _sipped;
+    private bool _isWarm;
+
+    protected override uint FirstEvents => Libc.In;
+
+    /// <summary>The fast ones' rate beside the slow ones, as a part of their rate alone.</summary>
+    internal double Kept { get; private set; }
+
+    internal override Work Run(double seconds)
+    {
+        foreach (Flow flow in Flows.AsSpan(fast))
+        {
+            Poll.Change(flow.Fd, 0, flow.Key);
+        }
+        Command(Flows.AsSpan(0, fast));
+        if (!_isWarm)
+        {
+            _isWarm = true;
+            return Receive(seconds, isSipping: false);
+        }
+        Work alone = Receive(Window, isSipping: false);
+        Command(Flows.AsSpan(fast));
+        _ = Receive(Filling, isSipping: true);
+        Work beside = Receive(Window, isSipping: true);
+        Kept = beside.Units / beside.Seconds / (alone.Units / alone.Seconds);
+        return beside;
+    }
+
+    private Work Receive(double seconds, bool isSipping)
+    {
+        long total = 0;
+        long start = Stopwatch.GetTimestamp();
+        long end = After(seconds);
+        while (Stopwatch.GetTimestamp() < end)
+        {
+            int count = Poll.Wait(1);
+            for (int i = 0; i < count; i++)
+            {
+                total += Receive(Flows[Poll.Key(i)], Payload.Most, Libc.Discard);
+            }
+            if (isSipping)
+            {
+                SipWhatIsDue();
+            }
+        }
+        return new Work(total, Between(start, Stopwatch.GetTimestamp()));
+    }
+
+    /// <summary>One slow connection after the other.</summary>
+    private void SipWhatIsDue()
+    {
+        long now = Stopwatch.GetTimestamp();
+        while (now - _sipped > Stopwatch.Frequency / (10 * slow))
+        {
+            _sipped = Math.Max(_sipped + (Stopwatch.Frequency / (10 * slow)), now - (Stopwatch.Frequency / 10));
+            _next = (_next + 1) % slow;
+            _ = Receive(Flows[fast + _next], Sip, 0);
+        }
+    }
+
+    private long Receive(Flow flow, int most, int flags)
+    {
+        nint received = flow.Fd < 0 ? 0 : Libc.recv(flow.Fd, Payload.Scratch, most, Libc.DontWait | flags);
+        if (received == 0 || (received < 0 && Libc.Error != Libc.Eagain))
+        {
+            Fail(flow);
+        }
+        return Math.Max(0, received);
+    }
+
+    private void Command(Span<Flow> flows)
+    {
+        byte command = (byte)'G';
+        foreach (Flow flow in flows)
+        {
+            if (Libc.send(flow.Fd, &command, 1, Libc.DontWait | Libc.NoSignal) != 1)
+            {
+                Fail(flow);
+            }
+        }
+    }
+}
+
 /// <summary>On every connection a message, its answer, the next message. Units are requests.</summary>
 internal sealed unsafe class PingPong(int port, int connections, Counters counters)
     : Load(port, connections, counters)

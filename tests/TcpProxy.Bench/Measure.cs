@@ -262,6 +262,7 @@ internal sealed unsafe class Meter(Cpus cpus, Backend backend, string folder, Fu
         {
             Kind.BulkUp => new BulkUp(port, work.Connections, counters),
             Kind.BulkDown => new BulkDown(port, work.Connections, counters),
+            Kind.Mixed => new Mixed(port, work.Size, work.Connections - work.Size, counters),
             Kind.PingPong => new PingPong(port, work.Connections, counters),
             _ => new ConnectRate(port, work.Connections, counters),
         };
@@ -290,6 +291,10 @@ internal sealed unsafe class Meter(Cpus cpus, Backend backend, string folder, Fu
         into.Figures[Figure.Busy] = cpu / done.Seconds;
         into.Figures[Figure.Foreign] = Math.Max(0, foreign);
         into.Figures[Figure.Peak] = proxy.PeakKilobytes();
+        if (load is Mixed mixed)
+        {
+            into.Figures[Figure.Kept] = mixed.Kept;
+        }
         if (work.Kind is Kind.PingPong or Kind.ConnectRate)
         {
             into.Figures[Figure.P50] = load.Latency.Microseconds(50);

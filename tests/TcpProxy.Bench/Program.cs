@@ -28,6 +28,7 @@ internal enum Kind
     BulkDown,
     PingPong,
     ConnectRate,
+    Mixed,
     Idle,
     Startup,
     Size,
@@ -38,16 +39,19 @@ internal sealed record Case(string Name, string Title, Kind Kind, int Connection
 {
     internal bool UnderLoad => Kind < Kind.Idle;
 
+    /// <summary>It lasts as long as the schedule says.</summary>
+    internal bool HasWindow => Kind < Kind.Mixed;
+
     /// <summary>Divides units a second: bytes are shown as megabytes.</summary>
-    internal double RateUnit => Kind is Kind.BulkUp or Kind.BulkDown ? 1e6 : 1;
+    internal double RateUnit => Kind is Kind.BulkUp or Kind.BulkDown or Kind.Mixed ? 1e6 : 1;
 
     /// <summary>Multiplies CPU seconds a unit: seconds a gigabyte, microseconds a request.</summary>
-    internal double CpuUnit => Kind is Kind.BulkUp or Kind.BulkDown ? 1e9 : 1e6;
+    internal double CpuUnit => Kind is Kind.BulkUp or Kind.BulkDown or Kind.Mixed ? 1e9 : 1e6;
 
     internal Service Service => Kind switch
     {
         Kind.BulkUp => Service.Sink,
-        Kind.BulkDown => Service.Source,
+        Kind.BulkDown or Kind.Mixed => Service.Source,
         Kind.ConnectRate => Service.Close,
         _ => Service.Reply,
     };
@@ -64,6 +68,10 @@ internal sealed record Case(string Name, string Title, Kind Kind, int Connection
         Kind.PingPong,
         connections,
         size);
+
+    /// <summary>Fast readers beside slow ones.</summary>
+    internal static Case Beside(int fast, int slow) => new(
+        $"mixed/{fast}", $"{fast} fast readers beside {slow} slow ones", Kind.Mixed, fast + slow, fast);
 
     internal static Case Rate(int connections) =>
         new($"connrate/{connections}", $"connect, {connections} at once", Kind.ConnectRate, connections);
@@ -84,12 +92,12 @@ internal sealed class Options
         Usage: ./build.sh bench [OPTIONS]
 
         Measures tcpproxy beside whichever of haproxy, nginx (stream), rinetd and socat it finds installed,
-        on loopback: bulk, ping-pong, connection rate, idle memory, start, size. At most five minutes.
+        on loopback: bulk, ping-pong, connection rate, slow beside fast, idle memory, start, size. At most five minutes.
 
           --quick           a minute: fewer cases, one round
           --workload LIST   only cases that begin with one of these words, separated by commas: bulk,
                             bulk/up, bulk/down/16, pingpong, pingpong/64, pingpong/16384/512, connrate,
-                            connrate/32, idle, idle/9000, startup, size
+                            connrate/32, mixed, idle, idle/9000, startup, size
           --peers LIST      only these of haproxy,nginx,rinetd,socat
           --also NAME=CMD   a further build of tcpproxy, or the same with options ('copy=out/tcpproxy
                             --splice off'); may be repeated
@@ -194,7 +202,7 @@ internal sealed class Options
             .. new[] { 1, 16, 128 }.Select(Case.Up),
             .. new[] { 1, 16, 128 }.Select(Case.Down),
             .. sizes.SelectMany(size => new[] { 1, 64, 512 }.Select(n => Case.Ping(size, n))),
-            Case.Rate(1), Case.Rate(32),
+            Case.Rate(1), Case.Rate(32), Case.Beside(16, 100),
             Case.Quiet(Math.Min(1000, mostConnections)), Case.Quiet(Math.Min(9000, mostConnections)),
         ];
         Case[] single = [new("startup", "start", Kind.Startup), new("size", "size", Kind.Size)];
@@ -379,7 +387,7 @@ internal sealed class Schedule(Options options, List<Case> plan, List<Peer> peer
         {
             sample.Error = e.Message;
         }
-        if (work.UnderLoad && sample.Error is null)
+        if (work.HasWindow && sample.Error is null)
         {
             double overhead = clock.Elapsed.TotalSeconds - start - window;
             _overhead = (_overhead * 0.9) + (overhead * 0.1);
@@ -401,8 +409,8 @@ internal sealed class Schedule(Options options, List<Case> plan, List<Peer> peer
         int before = Enumerable.Range(1, round - 1).Sum(earlier => Turns(earlier).Count());
         List<(Case Work, Peer)> left =
             [.. Enumerable.Range(round, _rounds - round + 1).SelectMany(Turns).Skip(_done - before)];
-        double fixedTime = left.Where(turn => !turn.Work.UnderLoad).Sum(turn => Expected(turn.Work, 0));
-        int underLoad = left.Count(turn => turn.Work.UnderLoad);
+        double fixedTime = left.Where(turn => !turn.Work.HasWindow).Sum(turn => Expected(turn.Work, 0));
+        int underLoad = left.Count(turn => turn.Work.HasWindow);
         if (underLoad == 0)
         {
             return 0;
@@ -414,6 +422,7 @@ internal sealed class Schedule(Options options, List<Case> plan, List<Peer> peer
 
     private double Expected(Case work, double window) => work.Kind switch
     {
+        Kind.Mixed => 2.4,
         Kind.Idle => 2.7 + (work.Connections * 0.00035),
         Kind.Startup => 0.5,
         Kind.Size => 0.15,

@@ -22,6 +22,7 @@ internal sealed record Figure(string Key, string Title, bool MoreIsBetter = fals
     internal const string IdleCpu = "idle_cpu_ms_s";
     internal const string Pss = "pss_kb";
     internal const string Processes = "processes";
+    internal const string Kept = "kept";
     internal const string Start = "start_ms";
     internal const string Binary = "binary_kb";
     internal const string WithLibraries = "binary_libraries_kb";
@@ -39,6 +40,7 @@ internal sealed record Figure(string Key, string Title, bool MoreIsBetter = fals
             new(Cpu, "CPU µs/connection"), new(Rate, "connections/s", MoreIsBetter: true),
             new(P50, "p50 µs"), new(P99, "p99 µs"),
         ],
+        Kind.Mixed => [new(Rate, "MB/s of the fast", MoreIsBetter: true), new(Kept, "of their rate alone", HasRatio: false)],
         Kind.Idle =>
             [new(PerConnection, "PSS kB/connection"), new(IdleCpu, "CPU ms/s while idle", HasRatio: false)],
         Kind.Startup => [new(Start, "ms to the first byte"), new(Pss, "PSS kB then")],
