@@ -186,8 +186,11 @@ internal sealed class Option(
             + "--listen are defaults for every route.",
             (_, r, v) => r.Listen = ListenAddress.Parse(v)),
         new("upstream", 'u', "ADDR", "route", Scope.Route, "",
-            "Relay them to ADDR. Given several times: to the server with the fewest connections.",
-            (_, r, v) => r.Upstreams.Add(UpstreamAddress.Parse(v))),
+            "Relay them to ADDR. Given several times: to one of them, as --balance says. Settings may follow: "
+            + "weight=N is its share among the others (1; 0 to 256, 0 = no new connections), backup keeps it for the time "
+            + "when no other can be used, max-connections=N bounds it (off), slow-start=TIME is how long its share grows "
+            + "after a failure (10s), name=TEXT stands for its address in the choice of --balance source and in the log.",
+            (_, r, v) => r.Upstreams.Add(UpstreamSettings.Parse(v))),
         new("name", '\0', "TEXT", "route", Scope.Route, "",
             "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
             (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
@@ -304,6 +307,9 @@ internal readonly struct Setting(Option option, string value, string where)
     private readonly string _value = value;
     internal string Where { get; } = where;
 
+    /// <summary>The same with one more word.</summary>
+    internal Setting With(string word) => new(Option, $"{_value} {word}", Where);
+
     internal void Apply(Settings settings, RouteSettings route)
     {
         try
@@ -368,12 +374,18 @@ internal static class CommandLine
     private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
     {
         bool optionsEnded = false;
+        int options = 0; // that had been typed before the last positional word
         for (int i = 0; i < words.Count; i++)
         {
             string word = words[i];
-            if (optionsEnded || word.Length < 2 || word[0] != '-')
+            if (UpstreamSettings.IsOne(word))
+            {
+                AddSetting(word, typed, positional, options == typed.Count);
+            }
+            else if (optionsEnded || word.Length < 2 || word[0] != '-')
             {
                 positional.Add(word);
+                options = typed.Count;
             }
             else if (word == "--")
             {
@@ -387,6 +399,23 @@ internal static class CommandLine
             {
                 i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
             }
+        }
+    }
+
+    /// <summary>weight=3 and the like belong to the upstream that they follow.</summary>
+    private static void AddSetting(string word, List<Setting> typed, List<string> positional, bool isPositional)
+    {
+        if (isPositional && positional.Count > 1)
+        {
+            positional[^1] += $" {word}";
+        }
+        else if (!isPositional && typed[^1].Option.Name == "upstream")
+        {
+            typed[^1] = typed[^1].With(word);
+        }
+        else
+        {
+            throw new FormatException($"'{word}': a setting of an upstream stands right after its address");
         }
     }
 
@@ -579,7 +608,7 @@ internal static class CommandLine
         if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
         {
             route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
-            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamAddress.Parse($"{Bracket(words[2])}:{v}")));
+            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamSettings.Parse($"{Bracket(words[2])}:{v}")));
             return words.Count == 4 ? route : throw new FormatException(
                 $"'{words[4]}': unexpected argument after the four of the original form"
                 + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
@@ -595,7 +624,7 @@ internal static class CommandLine
         for (int i = 1; i < words.Count; i++)
         {
             string word = words[i];
-            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamAddress.Parse)
+            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamSettings.Parse)
                 : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
         }
 
@@ -763,7 +792,7 @@ internal sealed class RouteSettings
     internal string? Name { get; set; }
     internal string Where { get; set; } = ""; // it was typed, for messages
     internal ListenAddress? Listen { get; set; }
-    internal List<UpstreamAddress> Upstreams { get; private set; } = [];
+    internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -789,7 +818,7 @@ internal sealed class RouteSettings
                 + $"Try '{listen} echo', or -u ADDR");
         }
 
-        foreach (UpstreamAddress upstream in Upstreams)
+        foreach (UpstreamAddress upstream in Upstreams.ConvertAll(upstream => upstream.Address))
         {
             if (upstream.PortCount > 1 && upstream.PortCount != Listen.PortCount)
             {
@@ -898,7 +927,7 @@ internal sealed class Proxy
             }
 
             string bound = settings.Listen!.PortCount == 1 ? _acceptors[first].Address : settings.Listen.Text;
-            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams));
+            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
         }
 
         Sweep.Start(bounds);
@@ -1017,7 +1046,7 @@ internal sealed class Proxy
     /// <summary>Steps (3) to (7).</summary>
     private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
     {
-        using Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
+        using Connection connection = await route.Pool.ConnectAsync(portIndex, line.Client, client); // (3) (4)
         line.Target = connection.Upstream.Address.Text;
         if (connection.Failure is { } failure)
         {
@@ -1411,6 +1440,71 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 // == 6  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, and which one instead when it does not answer.
 
+/// <summary>One upstream as it was typed: its address and what follows it.</summary>
+internal sealed class UpstreamSettings(UpstreamAddress address)
+{
+    private const int MostWeight = 256; // as HAProxy's
+
+    private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
+
+    internal UpstreamAddress Address { get; } = address;
+    internal int Weight { get; private set; } = 1; // 0 = drained: no new connections
+    internal bool IsBackup { get; private set; }
+    internal int MaxConnections { get; private set; } // 0 = off
+    internal TimeSpan SlowStart { get; private set; } = TimeSpan.FromSeconds(10);
+    internal string? Name { get; private set; }
+
+    /// <summary>The TLS names of the clients that it serves; null = it is of the fallback group.</summary>
+    internal string[]? ServerNames { get; set; }
+
+    /// <summary>Whether a word looks like a setting, known or not: backup, or key=value.</summary>
+    internal static bool IsOne(string word) => word == "backup"
+        || (word.IndexOf('=', StringComparison.Ordinal) is int end and > 0
+            && word[0] != '-' && Array.TrueForAll(word[..end].ToCharArray(), c => char.IsAsciiLetterLower(c) || c == '-'));
+
+    /// <summary>ADDR [weight=N] [backup] [max-connections=N] [slow-start=TIME] [name=TEXT]</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    internal static UpstreamSettings Parse(string text)
+    {
+        string[] words = text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries);
+        int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne) : Math.Min(1, words.Length);
+        UpstreamSettings settings = new(UpstreamAddress.Parse(first < 0 ? text : string.Join(' ', words[..first])));
+        foreach (string word in first < 0 ? [] : words[first..])
+        {
+            settings.Apply(word);
+        }
+
+        return settings;
+    }
+
+    private void Apply(string word)
+    {
+        int equals = word.IndexOf('=', StringComparison.Ordinal);
+        (string key, string value) = equals < 0 ? (word, "") : (word[..equals], word[(equals + 1)..]);
+        int index = Text.ParseWord(key, "setting", Keys);
+        if ((equals < 0) != (key == "backup"))
+        {
+            throw new FormatException(equals < 0 ? $"{key}: needs a value, as in {key}=5" : $"{key}: takes no value");
+        }
+
+        try
+        {
+            switch (index)
+            {
+                case 0: Weight = Units.ParseCount(value, most: MostWeight); break;
+                case 1: IsBackup = true; break;
+                case 2: MaxConnections = Units.ParseCount(value); break;
+                case 3: SlowStart = Units.ParseTime(value); break;
+                default: Name = value.Length > 0 ? value : throw new FormatException("a name has at least one character"); break;
+            }
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{key}: {e.Message}");
+        }
+    }
+}
+
 /// <summary>One server of a route, and how many connections it has.</summary>
 internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings, string route, Log log)
 {
@@ -1439,15 +1533,19 @@ internal sealed class UpstreamPool
     private readonly ConnectSettings _settings;
     private int _turn;
 
-    internal UpstreamPool(List<UpstreamAddress> addresses, ConnectSettings settings, string route, Log log)
+    internal UpstreamPool(List<UpstreamSettings> upstreams, ConnectSettings settings, string route, Log log)
     {
         _settings = settings;
-        _upstreams = [.. addresses.ConvertAll(address => new Upstream(address, settings, route, log))];
+        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream.Address, settings, route, log))];
     }
 
-    /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.</summary>
-    internal async ValueTask<Connection> ConnectAsync(int portIndex)
+    /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
+    /// <paramref name="from"/> is the client's address as the choice takes it, <paramref name="client"/> its socket, which
+    /// is looked at only to see whether it has left.</summary>
+    internal async ValueTask<Connection> ConnectAsync(int portIndex, EndPoint? from = null, Socket? client = null)
     {
+        _ = from;
+        _ = client;
         List<Upstream>? tried = null;
         while (true)
         {
@@ -1508,7 +1606,7 @@ internal sealed class UpstreamPool
         long started = Environment.TickCount64;
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([address], settings, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], settings, "", silent);
         Sweep.Start([settings.Timeout]);
         while (true)
         {
