@@ -9,17 +9,21 @@
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
 //            |                      (2) ConnectionLimit                            |
+//            |  --- a header, a hello ->  FirstBytes, in a route that asks         |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
+//            |                          FirstBytes    ---- a header, them --->     |
 //            |  ======= up =======> (5) Bridge, two Pumps  ======= up =======>     |
 //            |  <===== down ======  (6)                    <===== down ======      |
 //            |  <--- FIN / RST ---> (7)               <--- FIN / RST --->          |
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection?
+//   (2) Admission says yes or no: is there room for one more connection? Then, in a route that asks for it, a PROXY
+//       header tells who the client is, and a TLS hello whom it wants.
 //   (3) The pool of the route picks the server with the fewest connections.
-//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server.
+//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server. It gets
+//       a PROXY header if the route sends one, and the bytes that were read in (2).
 //   (5) A Bridge owns both sockets. Two Pumps copy, one a direction, each with at most one buffer.
 //   (6) A Pump that waits holds no buffer; a Pump that cannot send does not receive: that is all of backpressure.
 //       A stream is left to the kernel, which moves it from socket to socket without copying.
@@ -61,19 +65,22 @@
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
 //    9 PUMP        one direction: receive, send; the buffer
-//   10 OBSERVE     log lines, written off the data path
-//   11 PLATFORM    the sweep, addresses, units, text, libc
+//   10 PREREAD     PROXY protocol in and out, TLS server name
+//   11 OBSERVE     log lines, written off the data path
+//   12 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
 
 using System;
 using System.Buffers;
+using System.Buffers.Binary;
 using System.Collections.Generic;
 using System.Diagnostics;
 using System.Globalization;
 using System.IO;
 using System.Net;
 using System.Net.Sockets;
+using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Text;
@@ -190,7 +197,12 @@ internal sealed class Option(
             + "weight=N is its share among the others (1; 0 to 256, 0 = no new connections), backup keeps it for the time "
             + "when no other can be used, max-connections=N bounds it (off), slow-start=TIME is how long its share grows "
             + "after a failure (10s), name=TEXT stands for its address in the choice of --balance source and in the log.",
-            (_, r, v) => r.Upstreams.Add(UpstreamSettings.Parse(v))),
+            (_, r, v) => r.Add(UpstreamSettings.Parse(v))),
+        new("sni", '\0', "NAME[,NAME...]", "route", Scope.Route, "",
+            "The upstreams that follow serve the TLS clients that ask for NAME. *.example.com stands for all names below "
+            + "example.com; an exact name wins over it, and a longer one over a shorter. Upstreams before any --sni serve "
+            + "all others; without them, others are refused. TLS goes through as it is.",
+            (_, r, v) => r.ServerNames = ServerName.ParseList(v)),
         new("name", '\0', "TEXT", "route", Scope.Route, "",
             "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
             (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
@@ -205,6 +217,9 @@ internal sealed class Option(
             "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached.",
             (_, r, v) => r.Connect.Source = IPAddress.TryParse(v, out IPAddress? address) ? address
                 : throw new FormatException($"'{v}' is not an IP address")),
+        new("send-proxy", '\0', "off|v1|v2", "connect", Scope.Route, "off",
+            "Tell servers the client's address in a PROXY protocol header. The built-in servers get none.",
+            (_, r, v) => r.Connect.SendProxy = (ProxyVersion)Text.ParseWord(v, "version", "off", "v1", "v2")),
         new("resolve", '\0', "TIME", "connect", Scope.Route, "30s",
             "Keep the addresses of a server's name for TIME. A name is resolved when it is first needed, again when "
             + "TIME has passed or its addresses fail; while it does not resolve, the last known addresses serve.",
@@ -234,6 +249,15 @@ internal sealed class Option(
             "Probe a connection that is silent for TIME (TCP keep-alive), on both sides. One that does not answer "
             + "three probes, TIME/4 apart, is dead.",
             (_, r, v) => r.Bridge.Keepalive = Units.ParseTime(v)),
+
+        new("preread-timeout", '\0', "TIME", "timeouts", Scope.Route, "5s",
+            "Reset a client whose PROXY header or TLS hello, where one is read, is not complete within TIME.",
+            (_, r, v) => r.Preread.Timeout = Units.ParseTime(v)),
+
+        new("accept-proxy", '\0', "CIDR[,CIDR...]", "client address", Scope.Route, "off",
+            "Require a PROXY protocol header (version 1 or 2) from these senders, and take the address in it for the "
+            + "client's. unix stands for whoever comes by a unix socket. From others no header is read.",
+            (_, r, v) => r.Preread.AcceptProxy(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
@@ -552,8 +576,8 @@ internal static class CommandLine
         Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
         if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
         {
-            defaults.Upstreams.Clear();
-            settings.Routes.ForEach(route => route.Upstreams.Clear());
+            defaults.ClearUpstreams();
+            settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
         foreach (Setting setting in typed[..head])
@@ -796,6 +820,8 @@ internal sealed class RouteSettings
     internal int MaxConnections { get; set; } // 0 = off
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
+    internal PrereadSettings Preread { get; private set; } = new();
+    internal string[]? ServerNames { get; set; } // of the upstreams that follow
 
     internal string Title => Name ?? Listen!.Text;
 
@@ -805,7 +831,20 @@ internal sealed class RouteSettings
         copy.Upstreams = [.. Upstreams];
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
+        copy.Preread = Preread.Clone();
         return copy;
+    }
+
+    internal void Add(UpstreamSettings upstream)
+    {
+        upstream.ServerNames = ServerNames;
+        Upstreams.Add(upstream);
+    }
+
+    internal void ClearUpstreams()
+    {
+        Upstreams.Clear();
+        ServerNames = null;
     }
 
     /// <exception cref="FormatException">the parts do not fit together</exception>
@@ -826,16 +865,83 @@ internal sealed class RouteSettings
                     + $"but {listen} has {Listen.PortCount}; give as many, or one for all");
             }
         }
+
+        ValidateNames();
+    }
+
+    private void ValidateNames()
+    {
+        Dictionary<string, string> groups = [];
+        foreach (string[] names in Upstreams.ConvertAll(upstream => upstream.ServerNames ?? []))
+        {
+            foreach (string name in names)
+            {
+                string group = string.Join(',', names);
+                if (!groups.TryAdd(name, group) && groups[name] != group)
+                {
+                    throw new FormatException($"{Where}route {Title}: --sni: {name} stands in two groups of upstreams");
+                }
+            }
+        }
+
+        if (ServerNames is not null && !Upstreams.Exists(upstream => upstream.ServerNames == ServerNames))
+        {
+            throw new FormatException($"{Where}route {Title}: --sni {string.Join(',', ServerNames)}: no upstream follows; "
+                + "write --sni NAME -u ADDR");
+        }
     }
 }
 
 /// <summary>A route at run time.</summary>
-internal sealed class Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+internal sealed class Route
 {
-    internal RouteSettings Settings { get; } = settings;
-    internal string Title { get; } = settings.Title;
-    internal ConnectionLimit Limit { get; } = new(settings.MaxConnections, processLimit);
-    internal UpstreamPool Pool { get; } = new(settings.Upstreams, settings.Connect, settings.Title, log);
+    private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
+
+    internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+    {
+        Settings = settings;
+        Title = settings.Title;
+        Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        foreach (UpstreamSettings upstream in settings.Upstreams)
+        {
+            string group = Group(upstream);
+            UpstreamPool? known = group.Length == 0 ? Pool : _named.GetValueOrDefault(Key(upstream.ServerNames![0]));
+            if (known is null)
+            {
+                UpstreamPool pool = new(settings.Upstreams.FindAll(one => Group(one) == group), settings.Connect, Title, log);
+                Pool = group.Length == 0 ? pool : Pool;
+                Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
+            }
+        }
+
+        NeedsName = _named.Count > 0;
+        IsPlain = !NeedsName && !settings.Preread.HasSenders && settings.Connect.SendProxy == ProxyVersion.Off;
+
+        static string Group(UpstreamSettings upstream) => string.Join(',', upstream.ServerNames ?? []);
+
+        static string Key(string name) => name.TrimStart('*');
+    }
+
+    internal RouteSettings Settings { get; }
+    internal string Title { get; }
+    internal ConnectionLimit Limit { get; }
+    internal UpstreamPool? Pool { get; } // for those whom no --sni names
+    internal bool NeedsName { get; }
+
+    /// <summary>It needs no first bytes.</summary>
+    internal bool IsPlain { get; }
+
+    /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
+    internal UpstreamPool? PoolOf(string? name)
+    {
+        UpstreamPool? pool = null;
+        for (int dot = 0; name is not null && dot >= 0 && !_named.TryGetValue(name[dot..], out pool);)
+        {
+            dot = name.IndexOf('.', dot + 1);
+        }
+
+        return pool ?? Pool;
+    }
 }
 
 internal sealed class Proxy
@@ -914,7 +1020,8 @@ internal sealed class Proxy
             Route route = new(settings, processLimit, _log);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
-            bounds.AddRange(settings.Connect.Timeout, bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
+            bounds.AddRange(settings.Connect.Timeout, route.IsPlain ? TimeSpan.Zero : settings.Preread.Timeout,
+                bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
                 bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero);
             try
             {
@@ -1046,8 +1153,9 @@ internal sealed class Proxy
     /// <summary>Steps (3) to (7).</summary>
     private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
     {
-        using Connection connection = await route.Pool.ConnectAsync(portIndex, line.Client, client); // (3) (4)
-        line.Target = connection.Upstream.Address.Text;
+        using Connection connection = await (route.IsPlain ? route.Pool!.ConnectAsync(portIndex, line.Client, client) // (3) (4)
+            : OpenAsync(route, portIndex, client, line));
+        line.Target = connection.Upstream?.Address.Text ?? line.Target;
         if (connection.Failure is { } failure)
         {
             client.Close(0); // a reset: the client must not take this for an empty answer
@@ -1056,10 +1164,56 @@ internal sealed class Proxy
 
         line.Connected(connection.Server);
 
-        Bridge bridge = new(client, connection.Socket, connection.Upstream.Address.Kind, route.Settings.Bridge); // (5)
+        AddressKind kind = connection.Upstream!.Address.Kind;
+        Bridge bridge = new(client, connection.Socket, kind, route.Settings.Bridge, line.BytesUp); // (5)
         CloseReason reason = await bridge.RunAsync(); // (6) (7)
         (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
         return reason;
+    }
+
+    /// <summary>(3) and (4) with first bytes: the client's are read before, and sent on after, behind a PROXY header.</summary>
+    private static async ValueTask<Connection> OpenAsync(Route route, int portIndex, Socket client, ConnectionLine line)
+    {
+        RouteSettings settings = route.Settings;
+        using FirstBytes first = new();
+        bool isSender = settings.Preread.IsSender(line.Client);
+        Refusal? refusal = !isSender && !route.NeedsName ? null
+            : await first.ReadAsync(client, isSender, route.NeedsName, settings.Preread.Timeout);
+        line.Client = first.Source ?? line.Client;
+        UpstreamPool? pool = route.PoolOf(first.Name);
+        if (refusal is not null || pool is null)
+        {
+            return new Connection(null, null, null, refusal is null ? new CloseReason("PR", $"no server for {first.Whom}")
+                : new CloseReason(refusal.Code, refusal.Words));
+        }
+
+        Connection connection = await pool.ConnectAsync(portIndex, line.Client, client);
+        if (connection.Failure is not null)
+        {
+            return connection;
+        }
+
+        line.Connected(connection.Server);
+        AddressKind kind = connection.Upstream!.Address.Kind;
+        long quota = settings.Bridge.QuotaUp(kind);
+        int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
+        int header = connection.Socket is null || settings.Connect.SendProxy == ProxyVersion.Off ? 0 : first.Head(
+            settings.Connect.SendProxy, line.Client, first.Source is null ? client.LocalEndPoint : first.Destination);
+        Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
+        if (header + length > 0 && target is not null)
+        {
+            refusal = await first.SendAsync(target, header + length, settings.Connect.Timeout);
+        }
+
+        if (refusal is null)
+        {
+            line.BytesUp = length;
+            return connection;
+        }
+
+        connection.Socket?.Close(0);
+        return new Connection(connection.Upstream, null, connection.Server,
+            target == client ? CloseReason.ClientReset : new CloseReason(refusal.Code, refusal.Words));
     }
 
     private void End(ConnectionLine line, CloseReason reason)
@@ -1515,14 +1669,20 @@ internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings
 
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Disposing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure) : IDisposable
+internal readonly struct Connection(Upstream? upstream, Socket? socket, EndPoint? server, CloseReason? failure) : IDisposable
 {
-    internal Upstream Upstream { get; } = upstream;
+    internal Upstream? Upstream { get; } = upstream; // null when it did not come to a choice
     internal Socket? Socket { get; } = socket; // null for the built-in servers
     internal EndPoint? Server { get; } = server;
     internal CloseReason? Failure { get; } = failure;
 
-    public void Dispose() => Interlocked.Decrement(ref Upstream.Active);
+    public void Dispose()
+    {
+        if (Upstream is not null)
+        {
+            Interlocked.Decrement(ref Upstream.Active);
+        }
+    }
 }
 
 internal sealed class UpstreamPool
@@ -1665,6 +1825,7 @@ internal sealed class ConnectSettings
     internal int Retries { get; set; }
     internal TimeSpan Resolve { get; set; }
     internal IPAddress? Source { get; set; }
+    internal ProxyVersion SendProxy { get; set; }
 
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
@@ -1990,6 +2151,12 @@ internal sealed class BridgeSettings
     internal TimeSpan QuotaGrace =>
         FinTimeout > TimeSpan.Zero && FinTimeout < TimeSpan.FromSeconds(1) ? FinTimeout : TimeSpan.FromSeconds(1);
 
+    /// <summary>The quota of the pump from the client. What echo gets it also gives, so the lesser of two holds.</summary>
+    internal long QuotaUp(AddressKind kind) => IsDownFirst(kind) ? MaxBytesDown : MaxBytesUp;
+
+    internal bool IsDownFirst(AddressKind kind) =>
+        kind == AddressKind.Echo && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
+
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
 }
 
@@ -2050,14 +2217,13 @@ internal sealed class Bridge : Watched
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings)
+    /// <summary><paramref name="sent"/> bytes from the client have already been passed on.</summary>
+    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long sent = 0)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
-        bool isDownFirst = _isEcho && settings.MaxBytesDown > 0
-            && (settings.MaxBytesUp == 0 || settings.MaxBytesDown < settings.MaxBytesUp);
-        _upQuota = isDownFirst ? CloseReason.QuotaDown : CloseReason.QuotaUp;
+        _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            isDownFirst ? settings.MaxBytesDown : settings.MaxBytesUp);
+            settings.QuotaUp(kind), sent);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
@@ -2275,19 +2441,19 @@ internal enum PumpEnd
     Quota,
 }
 
-internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota)
+internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long sent = 0)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
     private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
     private readonly ReceiveBuffer _buffer = new(bufferSize);
-    private long _left = quota == 0 ? long.MaxValue : quota;
+    private long _left = quota == 0 ? long.MaxValue : quota - sent;
     private int _burst;
 
     internal Socket Source { get; } = source;
     internal Socket? Target { get; } = target; // null: what comes is dropped
-    internal long Bytes { get; private set; }
+    internal long Bytes { get; private set; } = sent;
 
     /// <summary>It waits for the target, not for the source.</summary>
     internal bool IsSending { get; private set; }
@@ -2299,9 +2465,9 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
     {
         try
         {
-            PumpEnd end;
+            PumpEnd end = _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
             int full = 0;
-            do
+            while (end == PumpEnd.NotYet)
             {
                 int length = await ReceiveAsync(_left);
                 if (length > 0 && Target is not null)
@@ -2325,7 +2491,7 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                     await Task.Yield();
                 }
             }
-            while (end == PumpEnd.NotYet);
+
             IsFinished = true;
             return end;
         }
@@ -2523,7 +2689,599 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
     protected override void Dispose(bool disposing) => GiveBack();
 }
 
-// == 10  OBSERVE ====================================================================================================
+// == 10  PREREAD ====================================================================================================
+// The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
+// (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
+// What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back,
+// when the bridge begins; a route that asks for none of it comes by here never.
+//
+// A parser is given all bytes so far and returns how many it takes: 0 is "more", unless it says what is wrong.
+
+internal enum ProxyVersion
+{
+    Off,
+    V1,
+    V2,
+}
+
+/// <summary>The PROXY protocol, as haproxy.org's doc/proxy-protocol.txt has it.</summary>
+internal static class ProxyHeader
+{
+    internal const int LongestWritten = Fixed + UnixSize;
+
+    private const int LongestV1 = 107; // bytes with CR LF: the protocol's 2.1
+    private const int LongestV2 = 4096; // bytes; the protocol's 65,551 would be a place to waste memory in
+    private const int Fixed = 16; // bytes of version 2 before the addresses
+    private const int Local = 0x20; // version and command: the sender speaks for itself, there is no client
+    private const int Proxied = 0x21;
+    private const int Tcp4 = 0x11; // address family and protocol
+    private const int Tcp6 = 0x21;
+    private const int UnixStream = 0x31;
+    private const int Tcp4Size = 12; // bytes of the addresses
+    private const int Tcp6Size = 36;
+    private const int UnixSize = 2 * UnixPath;
+    private const int UnixPath = 108;
+    private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
+    private const string Unknown = "PROXY UNKNOWN\r\n";
+
+    private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
+
+    private static ReadOnlySpan<byte> SignatureV2 => "\r\n\r\n\0\r\nQUIT\n"u8;
+
+    /// <summary>Both addresses stay null where the sender does not say: those of the connection are the client's.</summary>
+    internal static int Parse(
+        ReadOnlySpan<byte> bytes, out EndPoint? source, out EndPoint? destination, out string? wrong)
+    {
+        (source, destination, wrong) = (null, null, null);
+        if (Begins(bytes, SignatureV2))
+        {
+            return bytes.Length < Fixed ? 0 : ParseV2(bytes, ref source, ref destination, out wrong);
+        }
+
+        if (Begins(bytes, SignatureV1))
+        {
+            return ParseV1(bytes[..Math.Min(bytes.Length, LongestV1)], ref source, ref destination, out wrong);
+        }
+
+        wrong = "no PROXY header";
+        return 0;
+
+        static bool Begins(ReadOnlySpan<byte> bytes, ReadOnlySpan<byte> signature) =>
+            bytes.CommonPrefixLength(signature) == Math.Min(bytes.Length, signature.Length);
+    }
+
+    private static int ParseV1(
+        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    {
+        int end = bytes.IndexOfAny((byte)'\r', (byte)'\n');
+        bool isCut = end < 0 || (end == bytes.Length - 1 && bytes[end] == '\r');
+        wrong = isCut && bytes.Length == LongestV1 ? $"PROXY header longer than {LongestV1} bytes"
+            : !isCut && !bytes[end..].StartsWith("\r\n"u8) ? "PROXY header that does not end with CR LF" : null;
+        if (isCut || wrong is not null)
+        {
+            return 0;
+        }
+
+        string line = Encoding.ASCII.GetString(bytes[..end]);
+        string[] words = line.Split(' ');
+        if (words[1] == "UNKNOWN")
+        {
+            return end + 2; // whatever else the line says
+        }
+
+        bool isV6 = words[1] == "TCP6";
+        if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
+        {
+            source = Read(words[2], words[4], isV6);
+            destination = Read(words[3], words[5], isV6);
+        }
+
+        wrong = source is null || destination is null ? $"malformed PROXY header '{line}'" : null;
+        return wrong is null ? end + 2 : 0;
+    }
+
+    /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
+    private static IPEndPoint? Read(string address, string port, bool isV6) =>
+        address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
+            && ip.AddressFamily == (isV6 ? AddressFamily.InterNetworkV6 : AddressFamily.InterNetwork)
+            && (isV6 || ip.ToString() == address)
+            && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
+            && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
+            ? new IPEndPoint(ip, number) : null;
+
+    private static int ParseV2(
+        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    {
+        int command = bytes[12];
+        int family = bytes[13];
+        int end = Fixed + BinaryPrimitives.ReadUInt16BigEndian(bytes[14..]);
+        int addresses = (family >> 4) switch { 0 => Fixed, 1 => Fixed + Tcp4Size, 2 => Fixed + Tcp6Size, _ => Fixed + UnixSize };
+        wrong = command is not (Local or Proxied) ? "PROXY header of an unknown version or command"
+            : end > LongestV2 ? $"PROXY header longer than {LongestV2} bytes"
+            : command == Local ? null // what follows is of no meaning
+            : family >> 4 > 3 || (family & 15) > 2 ? "PROXY header of an unknown address family"
+            : end < addresses ? "PROXY header shorter than its addresses" : null;
+        if (wrong is not null || bytes.Length < end || command == Local)
+        {
+            return wrong is not null || bytes.Length < end ? 0 : end;
+        }
+
+        bytes = bytes[..end];
+        wrong = CheckExtensions(bytes, addresses);
+        if (wrong is not null)
+        {
+            return 0;
+        }
+
+        if (family is Tcp4 or Tcp6)
+        {
+            int size = family == Tcp4 ? 4 : 16;
+            source = Read(bytes, Fixed, size, Fixed + (2 * size));
+            destination = Read(bytes, Fixed + size, size, Fixed + (2 * size) + 2);
+        }
+        else if (family == UnixStream)
+        {
+            source = ReadPath(bytes.Slice(Fixed, UnixPath));
+            destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
+        }
+
+        return end;
+
+        static IPEndPoint Read(ReadOnlySpan<byte> bytes, int address, int size, int port) =>
+            new(new IPAddress(bytes.Slice(address, size)), BinaryPrimitives.ReadUInt16BigEndian(bytes[port..]));
+    }
+
+    /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
+    private static UnixDomainSocketEndPoint? ReadPath(ReadOnlySpan<byte> path)
+    {
+        int end = path[1..].IndexOf((byte)0); // the first byte of an abstract name is 0
+        string name = Encoding.UTF8.GetString(end < 0 ? path : path[..(end + 1)]);
+        return name is "\0" || Encoding.UTF8.GetByteCount(name) > Address.LongestPath ? null : new(name);
+    }
+
+    /// <summary>TLVs are passed over, but a checksum must be right.</summary>
+    private static string? CheckExtensions(ReadOnlySpan<byte> header, int at)
+    {
+        while (at < header.Length)
+        {
+            int value = at + 3;
+            int end = value <= header.Length ? value + BinaryPrimitives.ReadUInt16BigEndian(header[(at + 1)..]) : int.MaxValue;
+            if (end > header.Length)
+            {
+                return "PROXY header with a cut extension";
+            }
+
+            if (header[at] == ChecksumType
+                && (end != value + 4 || BinaryPrimitives.ReadUInt32BigEndian(header[value..]) != Checksum(header, value)))
+            {
+                return "PROXY header with a wrong checksum";
+            }
+
+            at = end;
+        }
+
+        return null;
+    }
+
+    /// <summary>CRC-32C with the four bytes of the checksum itself taken as 0.</summary>
+    private static uint Checksum(ReadOnlySpan<byte> header, int field)
+    {
+        uint crc = uint.MaxValue;
+        for (int i = 0; i < header.Length; i++)
+        {
+            crc = BitOperations.Crc32C(crc, i >= field && i < field + 4 ? (byte)0 : header[i]);
+        }
+
+        return ~crc;
+    }
+
+    /// <summary>Writes a header of <see cref="LongestWritten"/> bytes at most and returns its length. Without addresses it
+    /// is one that speaks for nobody, as a health check wants it: LOCAL, in version 1 UNKNOWN. As HAProxy does, addresses
+    /// of two families are both written as IPv6, in version 1 as UNKNOWN.</summary>
+    internal static int Write(Span<byte> to, ProxyVersion version, EndPoint? source, EndPoint? destination)
+    {
+        IPAddress? from = Plain(source);
+        IPAddress? at = Plain(destination);
+        bool isIp = from is not null && at is not null;
+        bool isSame = isIp && from!.AddressFamily == at!.AddressFamily;
+        bool isV4 = isSame && from!.AddressFamily == AddressFamily.InterNetwork;
+        int fromPort = (source as IPEndPoint)?.Port ?? 0;
+        int atPort = (destination as IPEndPoint)?.Port ?? 0;
+        if (version == ProxyVersion.V1)
+        {
+            string line = isSame ? $"PROXY {(isV4 ? "TCP4" : "TCP6")} {from} {at} {Text.Of(fromPort)} {Text.Of(atPort)}\r\n"
+                : Unknown;
+            return Encoding.ASCII.GetBytes(line, to);
+        }
+
+        bool isUnix = source is UnixDomainSocketEndPoint && destination is UnixDomainSocketEndPoint;
+        int size = isV4 ? Tcp4Size : isIp ? Tcp6Size : isUnix ? UnixSize : 0;
+        Span<byte> addresses = to.Slice(Fixed, size);
+        addresses.Clear();
+        SignatureV2.CopyTo(to);
+        to[12] = source is null ? (byte)Local : (byte)Proxied;
+        to[13] = isV4 ? (byte)Tcp4 : isIp ? (byte)Tcp6 : isUnix ? (byte)UnixStream : (byte)0;
+        BinaryPrimitives.WriteUInt16BigEndian(to[14..], (ushort)size);
+        if (isIp)
+        {
+            int half = (size - 4) / 2;
+            _ = (isV4 ? from! : from!.MapToIPv6()).TryWriteBytes(addresses, out _);
+            _ = (isV4 ? at! : at!.MapToIPv6()).TryWriteBytes(addresses[half..], out _);
+            BinaryPrimitives.WriteUInt16BigEndian(addresses[^4..], (ushort)fromPort);
+            BinaryPrimitives.WriteUInt16BigEndian(addresses[^2..], (ushort)atPort);
+        }
+        else if (isUnix)
+        {
+            WritePath(source!, addresses[..UnixPath]);
+            WritePath(destination!, addresses[UnixPath..]);
+        }
+
+        return Fixed + size;
+    }
+
+    /// <summary>Without a scope, and IPv4 as IPv4.</summary>
+    private static IPAddress? Plain(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: IPAddress address } ? null
+        : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes());
+
+    private static void WritePath(EndPoint endPoint, Span<byte> to)
+    {
+        const int Family = 2; // bytes before the path of a sockaddr_un
+        SocketAddress address = endPoint.Serialize();
+        address.Buffer.Span[Family..Math.Min(address.Size, Family + to.Length)].CopyTo(to);
+    }
+}
+
+/// <summary>A TLS server name, as asked for (RFC 6066, 3) or, with *. in front, as configured.</summary>
+internal static class ServerName
+{
+    private const int Handshake = 22; // RFC 8446, 5.1: the type of a record
+    private const int RecordHeader = 5; // bytes: type, version, length
+    private const int LongestRecord = 1 << 14;
+    private const int ClientHello = 1; // RFC 8446, 4: the type of a message
+    private const int MessageHeader = 4; // bytes: type, length
+
+    /// <summary>Finds it in a ClientHello, which may be spread over any number of records; null without one.</summary>
+    internal static int Parse(ReadOnlySpan<byte> bytes, out string? name, out string? wrong)
+    {
+        name = null;
+        byte[] message = ArrayPool<byte>.Shared.Rent(bytes.Length);
+        try
+        {
+            int taken = Gather(bytes, message, out int length, out wrong);
+            if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
+            {
+                wrong = "malformed TLS hello";
+            }
+
+            return wrong is null ? taken : 0;
+        }
+        finally
+        {
+            ArrayPool<byte>.Shared.Return(message);
+        }
+    }
+
+    /// <summary>The first message out of the records that carry it.</summary>
+    private static int Gather(ReadOnlySpan<byte> bytes, Span<byte> message, out int length, out string? wrong)
+    {
+        (length, wrong) = (0, null);
+        int gathered = 0;
+        for (int at = 0; at < bytes.Length;)
+        {
+            ReadOnlySpan<byte> record = bytes[at..];
+            int size = record.Length < RecordHeader ? 1 : BinaryPrimitives.ReadUInt16BigEndian(record[3..]);
+            if (record[0] != Handshake || (record.Length > 1 && record[1] != 3) || size is 0 or > LongestRecord)
+            {
+                wrong = "no TLS hello";
+                return 0;
+            }
+
+            int end = Math.Min(record.Length, RecordHeader + size);
+            for (int i = RecordHeader; i < end; i++)
+            {
+                message[gathered++] = record[i];
+            }
+
+            if (gathered > 0 && message[0] != ClientHello)
+            {
+                wrong = "no TLS hello";
+                return 0;
+            }
+
+            length = gathered < MessageHeader ? 0 : (int)(BinaryPrimitives.ReadUInt32BigEndian(message) & 0xffffff);
+            if (gathered >= MessageHeader && gathered >= MessageHeader + length)
+            {
+                return at + end;
+            }
+
+            at += end;
+        }
+
+        return 0;
+    }
+
+    /// <summary>RFC 8446, 4.1.2. False when it is malformed.</summary>
+    private static bool Find(ReadOnlySpan<byte> hello, ref string? name)
+    {
+        const int VersionAndRandom = 34; // bytes
+        if (hello.Length < VersionAndRandom || hello[0] != 3)
+        {
+            return false;
+        }
+
+        ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
+        if (!Take(ref rest, 1, out _) || !Take(ref rest, 2, out _) || !Take(ref rest, 1, out _)) // session, ciphers, compression
+        {
+            return false;
+        }
+
+        if (rest.IsEmpty)
+        {
+            return true; // TLS 1.2 without extensions
+        }
+
+        if (!Take(ref rest, 2, out ReadOnlySpan<byte> extensions))
+        {
+            return false;
+        }
+
+        while (extensions.Length >= 2)
+        {
+            int type = BinaryPrimitives.ReadUInt16BigEndian(extensions);
+            extensions = extensions[2..];
+            if (!Take(ref extensions, 2, out ReadOnlySpan<byte> extension))
+            {
+                return false;
+            }
+
+            if (type == 0)
+            {
+                // a list of one name, of the one type that there is: 0
+                return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
+                    && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
+                    && (name = Read(Encoding.ASCII.GetString(host))) is not null;
+            }
+        }
+
+        return extensions.IsEmpty;
+    }
+
+    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> bytes, off the front.</summary>
+    private static bool Take(ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
+    {
+        int start = skip + prefix;
+        int length = rest.Length < start ? int.MaxValue
+            : prefix == 1 ? rest[skip] : BinaryPrimitives.ReadUInt16BigEndian(rest[skip..]);
+        bool isThere = length <= rest.Length - start;
+        vector = isThere ? rest.Slice(start, length) : default;
+        rest = isThere ? rest[(start + length)..] : rest;
+        return isThere;
+    }
+
+    /// <summary>In lower case; null when it is none.</summary>
+    private static string? Read(string name)
+    {
+        const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
+        bool isName = name.Length is > 0 and <= Longest && name[0] != '.' && name[^1] != '.'
+            && !name.Contains("..", StringComparison.Ordinal);
+        foreach (char c in name)
+        {
+            isName &= char.IsAsciiLetterOrDigit(c) || c is '-' or '.' or '_';
+        }
+
+        return isName ? name.ToLowerInvariant() : null;
+    }
+
+    /// <summary>NAME[,NAME...], each of which may be *.NAME.</summary>
+    /// <exception cref="FormatException">one is no name</exception>
+    internal static string[] ParseList(string text) => Array.ConvertAll(text.Split(','), word =>
+        word.StartsWith("*.", StringComparison.Ordinal) && Read(word[2..]) is { } parent ? $"*.{parent}"
+        : Read(word) ?? throw new FormatException($"'{word}' is not a server name; write www.example.com or *.example.com"));
+}
+
+internal sealed class PrereadSettings
+{
+    private const string Unix = "unix";
+
+    private IPNetwork[] _senders = [];
+    private bool _isFromUnix;
+
+    internal TimeSpan Timeout { get; set; } // zero = off
+    internal bool HasSenders => _isFromUnix || _senders.Length > 0;
+
+    internal PrereadSettings Clone() => (PrereadSettings)MemberwiseClone();
+
+    /// <summary>Who must send a PROXY header: CIDR[,CIDR...], where unix stands for whoever comes by a unix socket.</summary>
+    /// <exception cref="FormatException">one is no network</exception>
+    internal void AcceptProxy(string text)
+    {
+        string[] words = text == "off" ? [] : text.Split(',');
+        _isFromUnix = Array.IndexOf(words, Unix) >= 0;
+        _senders = Array.ConvertAll(Array.FindAll(words, word => word != Unix), Network.Parse);
+    }
+
+    internal bool IsSender(EndPoint? client) => client is not IPEndPoint ip ? _isFromUnix
+        : Array.Exists(_senders, network => Network.Has(network, ip.Address));
+}
+
+/// <summary>Why it went no further: HAProxy's two letters, and words.</summary>
+internal sealed class Refusal(string code, string words)
+{
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+}
+
+/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
+internal sealed class Patience : Watched
+{
+    private readonly Socket _socket; // not owned, but closed when it is over
+    private readonly long _deadline;
+    private readonly string _late; // HAProxy's letters of the two
+    private readonly string _stopped;
+    private string? _end; // one of them, or "" when it came in time: whoever is first
+
+    internal Patience(Socket socket, TimeSpan time, string late, string stopped)
+    {
+        (_socket, _late, _stopped) = (socket, late, stopped);
+        _deadline = time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
+        Sweep.Add(this);
+    }
+
+    /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
+    /// closed before.</summary>
+    internal Refusal? End(Refusal? refusal, string lateWords)
+    {
+        Sweep.Remove(this);
+        return Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
+            : new Refusal(end, end == _late ? lateWords : "shutdown");
+    }
+
+    internal override void Check(long now)
+    {
+        if (now >= _deadline)
+        {
+            Close(_late);
+        }
+    }
+
+    internal override void Stop() => Close(_stopped);
+
+    private void Close(string end)
+    {
+        if (Interlocked.CompareExchange(ref _end, end, null) is null)
+        {
+            _socket.Close(0); // a reset, which also makes the pending receive or send end
+        }
+    }
+}
+
+/// <summary>What a client sent before its bridge: read, understood, and sent on behind a header of our own.</summary>
+internal sealed class FirstBytes : IDisposable
+{
+    private const int Least = 2 << 10; // bytes of the buffer: most hellos fit
+    private const int Most = 32 << 10;
+
+    private byte[] _buffer = []; // rented; disposed by Dispose
+    private int _start = ProxyHeader.LongestWritten; // of what is to be sent on; room for a header is kept in front of it
+    private int _end = ProxyHeader.LongestWritten;
+    private EndPoint? _source;
+    private EndPoint? _destination;
+    private string? _name;
+    private string? _wrong; // why there is no name
+
+    /// <summary>The client that a PROXY header named, and where it had connected to.</summary>
+    internal EndPoint? Source => _source;
+    internal EndPoint? Destination => _destination;
+
+    /// <summary>The TLS server that the client asks for; null when it asks for none.</summary>
+    internal string? Name => _name;
+    internal string Whom => _name ?? $"a client with {_wrong ?? "no TLS server name"}";
+
+    /// <summary>What the client sent beyond a PROXY header.</summary>
+    internal int Length => _end - _start;
+
+    public void Dispose()
+    {
+        if (_buffer.Length > 0)
+        {
+            ArrayPool<byte>.Shared.Return(_buffer);
+            _buffer = [];
+        }
+    }
+
+    /// <summary>Null when all that was asked for has come.</summary>
+    internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
+    {
+        Patience patience = new(client, time, "cR", "KR");
+        Refusal? refusal;
+        try
+        {
+            await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
+            do
+            {
+                Grow();
+                int length = await client.ReceiveAsync(_buffer.AsMemory(_end), SocketFlags.None);
+                _end += length;
+                refusal = Understand(ref isHeader, ref isHello);
+                if (refusal is null && (isHeader || isHello))
+                {
+                    refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
+                        : _end >= Most ? new("PR", $"{What(isHeader)} too long") : null;
+                }
+            }
+            while (refusal is null && (isHeader || isHello));
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            refusal = new("CR", "client reset");
+        }
+
+        return patience.End(refusal, $"no {What(isHeader)} in time");
+    }
+
+    private static string What(bool isHeader) => isHeader ? "PROXY header" : "TLS hello";
+
+    private Refusal? Understand(ref bool isHeader, ref bool isHello)
+    {
+        if (isHeader)
+        {
+            int taken = ProxyHeader.Parse(_buffer.AsSpan(_start, Length), out _source, out _destination, out string? wrong);
+            _start += taken;
+            isHeader = taken == 0;
+            if (wrong is not null)
+            {
+                return new Refusal("PR", wrong);
+            }
+        }
+
+        if (!isHeader && isHello)
+        {
+            isHello = ServerName.Parse(_buffer.AsSpan(_start, Length), out _name, out _wrong) == 0 && _wrong is null;
+        }
+
+        return null;
+    }
+
+    private void Grow()
+    {
+        if (_end >= _buffer.Length)
+        {
+            byte[] larger = ArrayPool<byte>.Shared.Rent(Math.Max(Least, 2 * _buffer.Length));
+            _buffer.CopyTo(larger, 0);
+            Dispose();
+            _buffer = larger;
+        }
+    }
+
+    /// <summary>Puts a PROXY header of our own in front of what is sent.</summary>
+    internal int Head(ProxyVersion version, EndPoint? source, EndPoint? destination)
+    {
+        Grow();
+        Span<byte> header = stackalloc byte[ProxyHeader.LongestWritten];
+        header = header[..ProxyHeader.Write(header, version, source, destination)];
+        header.CopyTo(_buffer.AsSpan(_start -= header.Length));
+        return header.Length;
+    }
+
+    /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
+    internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
+    {
+        Patience patience = new(target, time, "sC", "KC");
+        Refusal? refusal = null;
+        try
+        {
+            await target.SendAsync(_buffer.AsMemory(_start, length), SocketFlags.None);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            refusal = new("SD", "upstream reset");
+        }
+
+        return patience.End(refusal, "connect timeout");
+    }
+}
+
+// == 11  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
@@ -2876,7 +3634,7 @@ internal sealed class Log : IDisposable
     }
 }
 
-// == 11  PLATFORM ===================================================================================================
+// == 12  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
 // missing, the portable path serves.
@@ -3433,6 +4191,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 {
     internal const int HighestPort = 65535;
 
+    internal static int LongestPath => OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
+
     internal string Text { get; } = text; // as it was written
     internal AddressKind Kind { get; } = kind;
     internal string Host { get; } = host; // or the path, or the descriptor's number or name; "" = all interfaces
@@ -3530,9 +4290,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 
     protected static string CheckPath(string path)
     {
-        int longest = OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
-        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= longest ? path
-            : throw new FormatException($"'{path}' is longer than the {longest} bytes of a unix socket's path");
+        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
+            : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
     }
 
     protected static bool IsPorts(string text) =>
@@ -3605,6 +4364,36 @@ internal sealed class UpstreamAddress : Address
         return host.Length > 0 ? new(text, AddressKind.Tcp, host, port, lastPort)
             : throw new FormatException($"'{text}' has no host; for this machine write '{text[1..]}'");
     }
+}
+
+/// <summary>Networks as people write them: 10.0.0.0/8, 2001:db8::/32, or one address. IPv4 within IPv6 is IPv4.</summary>
+internal static class Network
+{
+    /// <exception cref="FormatException">it is no network</exception>
+    internal static IPNetwork Parse(string text)
+    {
+        int slash = text.IndexOf('/', StringComparison.Ordinal);
+        string host = slash < 0 ? text : text[..slash];
+        if (!IPAddress.TryParse(host, out IPAddress? address) || (!host.Contains(':', StringComparison.Ordinal)
+            && host.Split('.').Length != 4))
+        {
+            throw new FormatException($"'{text}' is not a network; write 10.0.0.0/8, 2001:db8::/32 or an address");
+        }
+
+        byte[] bytes = address.GetAddressBytes();
+        int length = slash < 0 ? bytes.Length * 8 : Units.ParseCount(text[(slash + 1)..], most: bytes.Length * 8);
+        for (int i = 0; i < bytes.Length; i++)
+        {
+            bytes[i] &= (byte)(0xff00 >> Math.Clamp(length - (i * 8), 0, 8));
+        }
+
+        IPNetwork network = new(new IPAddress(bytes), length);
+        return network.BaseAddress.Equals(address) ? network
+            : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
+    }
+
+    internal static bool Has(IPNetwork network, IPAddress address) =>
+        network.Contains(address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : address);
 }
 
 /// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>
