@@ -2772,12 +2772,15 @@ internal static class ProxyHeader
         bool isV6 = words[1] == "TCP6";
         if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
         {
-            source = Read(words[2], words[4], isV6);
-            destination = Read(words[3], words[5], isV6);
+            (source, destination) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
+            if (source is not null && destination is not null)
+            {
+                return end + 2;
+            }
         }
 
-        wrong = source is null || destination is null ? $"malformed PROXY header '{line}'" : null;
-        return wrong is null ? end + 2 : 0;
+        (source, destination, wrong) = (null, null, $"malformed PROXY header '{line}'");
+        return 0;
     }
 
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>

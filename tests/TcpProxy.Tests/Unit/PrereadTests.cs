@@ -388,7 +388,8 @@ public sealed class PrereadTests
 
     private static string Wrong(byte[] header)
     {
-        Assert.Equal(0, ProxyHeader.Parse(header, out _, out _, out string? wrong));
+        Assert.Equal(0, ProxyHeader.Parse(header, out EndPoint? source, out EndPoint? destination, out string? wrong));
+        Assert.Equal((null, null), (source, destination));
         return wrong ?? "nothing is wrong";
     }
 
