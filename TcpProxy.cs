@@ -4329,20 +4329,14 @@ internal static class Network
     {
         int slash = text.IndexOf('/', StringComparison.Ordinal);
         string host = slash < 0 ? text : text[..slash];
-        if (!IPAddress.TryParse(host, out IPAddress? address) || (!host.Contains(':', StringComparison.Ordinal)
-            && host.Split('.').Length != 4))
+        if (!IPAddress.TryParse(host, out IPAddress? address)
+            || (!host.Contains(':', StringComparison.Ordinal) && host.Split('.').Length != 4))
         {
             throw new FormatException($"'{text}' is not a network; write 10.0.0.0/8, 2001:db8::/32 or an address");
         }
 
-        byte[] bytes = address.GetAddressBytes();
-        int length = slash < 0 ? bytes.Length * 8 : Units.ParseCount(text[(slash + 1)..], most: bytes.Length * 8);
-        for (int i = 0; i < bytes.Length; i++)
-        {
-            bytes[i] &= (byte)(0xff00 >> Math.Clamp(length - (i * 8), 0, 8));
-        }
-
-        IPNetwork network = new(new IPAddress(bytes), length);
+        int bits = address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
+        IPNetwork network = new(address, slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits));
         return network.BaseAddress.Equals(address) ? network
             : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
     }

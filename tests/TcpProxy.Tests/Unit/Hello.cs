@@ -30,12 +30,13 @@ internal static class Hello
     public static byte[] Make(string? name, int keyShare = 32, int recordSize = 16384) =>
         Records(Message(name is null ? null : Encoding.ASCII.GetBytes(name), keyShare), recordSize);
 
-    public static byte[] Message(byte[]? name, int keyShare = 32)
+    /// <summary>Without records. <paramref name="list"/> takes the place of the list of that one name.</summary>
+    public static byte[] Message(byte[]? name, int keyShare = 32, byte[]? list = null)
     {
         List<byte> extensions = [0x0a, 0x0a, 0, 0]; // GREASE
         if (name is not null)
         {
-            extensions.AddRange(Extension(0, Vector(2, [0, .. Vector(2, name)])));
+            extensions.AddRange(Extension(0, list ?? Vector(2, [0, .. Vector(2, name)])));
         }
 
         extensions.AddRange(Extension(0x2b, [4, 0x7a, 0x7a, 3, 4])); // supported versions, GREASE first

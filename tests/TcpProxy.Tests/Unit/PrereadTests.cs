@@ -246,6 +246,20 @@ public sealed class PrereadTests
         Assert.Equal((null, "a malformed TLS hello"), (found, wrong));
     }
 
+    [Theory]
+    [InlineData("0000")] // an empty list
+    [InlineData("000401000178")] // of another type
+    [InlineData("0005000003787878")] // cut
+    public void A_list_of_names_is_one_host_name(string list)
+    {
+        byte[] hello = Hello.Records(Hello.Message("x"u8.ToArray(), list: Hex(list)), 16384);
+        Assert.Equal(0, ServerName.Parse(hello, out string? name, out string? wrong));
+        Assert.Equal((null, "a malformed TLS hello"), (name, wrong));
+        hello = Hello.Records(Hello.Message("x"u8.ToArray(), list: [0, 4, 0, 0, 1, (byte)'y']), 16384);
+        Assert.NotEqual(0, ServerName.Parse(hello, out name, out wrong));
+        Assert.Equal(("y", null), (name, wrong));
+    }
+
     [Fact]
     public void Every_length_in_a_hello_is_checked()
     {
@@ -328,6 +342,8 @@ public sealed class PrereadTests
     [InlineData("1 a:1 --accept-proxy 10.1/16", "'10.1/16' is not a network")]
     [InlineData("1 a:1 --accept-proxy all", "'all' is not a network")]
     [InlineData("1 a:1 --accept-proxy 10.0.0.1,", "'' is not a network")]
+    [InlineData("1 a:1 --accept-proxy 2001:db8::1/32", "did you mean '2001:db8::/32'?")]
+    [InlineData("1 a:1 --accept-proxy 10.0.0.0/-1", "'-1' is not a number")]
     [InlineData("1 a:1 --accept-proxy ::1/129", "'129' is not between 0 and 128")]
     public void A_mistake_is_named(string words, string message) => Assert.Contains(
         message, Assert.Throws<FormatException>(() => CommandLine.Parse(words.Split(' '))).Message, StringComparison.Ordinal);
