@@ -1108,11 +1108,12 @@ internal sealed class Proxy
         _ = ServeAsync(route, portIndex, client);
     }
 
-    /// <summary>Steps (2) to (8). Nobody awaits it, so it ends without an exception whatever happens.</summary>
+    /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
         ConnectionLine line = new(route.Title);
-        CloseReason reason = CloseReason.InternalError;
+        CloseReason? reason = null;
+        bool isAdmitted = false;
         try
         {
             line.Client = client.RemoteEndPoint;
@@ -1121,20 +1122,42 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            if (!route.Limit.TryEnter()) // (2)
+            isAdmitted = route.Limit.TryEnter(); // (2)
+            if (!isAdmitted)
             {
                 client.Dispose();
                 reason = CloseReason.LimitReached;
                 return;
             }
 
-            try
+            using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
+            reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
+            if (reason is not null)
             {
-                reason = await RelayAsync(route, portIndex, client, line);
+                client.Close(0);
+                return;
             }
-            finally
+
+            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync(portIndex, line.Client, client); // (3) (4)
+            line.Target = connection.Upstream.Address.Text;
+            reason = connection.Failure;
+            if (reason is null)
             {
-                route.Limit.Leave();
+                line.Connected(connection.Server);
+                reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection);
+            }
+
+            if (reason is null)
+            {
+                AddressKind kind = connection.Upstream.Address.Kind;
+                Bridge bridge = new(client, connection.Socket, kind, route.Settings.Bridge, line.BytesUp); // (5)
+                _ = RelayAsync(route, connection, bridge, line);
+            }
+            else
+            {
+                connection.Socket?.Close(0);
+                connection.Release();
+                client.Close(0); // a reset: the client must not take this for an empty answer
             }
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
@@ -1142,92 +1165,83 @@ internal sealed class Proxy
 #pragma warning restore CA1031
         {
             client.Close(0);
-            _log.Event(LogLevel.Error, "internal-error", e.ToString());
+            reason = CloseReason.Unexpected(e);
         }
         finally
         {
-            End(line, reason); // (8)
+            if (reason is not null)
+            {
+                End(route, isAdmitted, line, reason);
+            }
         }
     }
 
-    /// <summary>Steps (3) to (7).</summary>
-    private static async Task<CloseReason> RelayAsync(Route route, int portIndex, Socket client, ConnectionLine line)
+    /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
+    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
     {
-        using Connection connection = await (route.IsPlain ? route.Pool!.ConnectAsync(portIndex, line.Client, client) // (3) (4)
-            : OpenAsync(route, portIndex, client, line));
-        line.Target = connection.Upstream?.Address.Text ?? line.Target;
-        if (connection.Failure is { } failure)
-        {
-            client.Close(0); // a reset: the client must not take this for an empty answer
-            return failure;
-        }
-
-        line.Connected(connection.Server);
-
-        AddressKind kind = connection.Upstream!.Address.Kind;
-        Bridge bridge = new(client, connection.Socket, kind, route.Settings.Bridge, line.BytesUp); // (5)
-        CloseReason reason = await bridge.RunAsync(); // (6) (7)
+        bridge.Start();
+        await bridge.Up;
+        await bridge.Down;
+        connection.Release();
         (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        return reason;
+        End(route, isAdmitted: true, line, bridge.Reason!);
     }
 
-    /// <summary>(3) and (4) with first bytes: the client's are read before, and sent on after, behind a PROXY header.</summary>
-    private static async ValueTask<Connection> OpenAsync(Route route, int portIndex, Socket client, ConnectionLine line)
+    /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
+    private static async ValueTask<CloseReason?> ReadFirstAsync(
+        Route route, Socket client, ConnectionLine line, FirstBytes first)
     {
-        RouteSettings settings = route.Settings;
-        using FirstBytes first = new();
-        bool isSender = settings.Preread.IsSender(line.Client);
+        PrereadSettings settings = route.Settings.Preread;
+        bool isSender = settings.IsSender(line.Client);
         Refusal? refusal = !isSender && !route.NeedsName ? null
-            : await first.ReadAsync(client, isSender, route.NeedsName, settings.Preread.Timeout);
+            : await first.ReadAsync(client, isSender, route.NeedsName, settings.Timeout);
         line.Client = first.Source ?? line.Client;
-        UpstreamPool? pool = route.PoolOf(first.Name);
-        if (refusal is not null || pool is null)
+        if (first.Source is null && route.Settings.Connect.SendProxy != ProxyVersion.Off)
         {
-            return new Connection(null, null, null, refusal is null ? new CloseReason("PR", $"no server for {first.Whom}")
-                : new CloseReason(refusal.Code, refusal.Words));
+            first.Destination = client.LocalEndPoint;
         }
 
-        ProxyVersion version = settings.Connect.SendProxy;
-        EndPoint? destination = first.Source is not null ? first.Destination
-            : version != ProxyVersion.Off ? client.LocalEndPoint : null;
-        Connection connection = await pool.ConnectAsync(portIndex, line.Client, client);
-        if (connection.Failure is not null)
-        {
-            return connection;
-        }
-
-        line.Connected(connection.Server);
-        AddressKind kind = connection.Upstream!.Address.Kind;
-        long quota = settings.Bridge.QuotaUp(kind);
-        int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
-        int header = connection.Socket is null || version == ProxyVersion.Off ? 0
-            : first.Head(version, line.Client, destination);
-        Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
-        if (header + length > 0 && target is not null)
-        {
-            refusal = await first.SendAsync(target, header + length, settings.Connect.Timeout);
-        }
-
-        if (refusal is null)
-        {
-            line.BytesUp = length;
-            return connection;
-        }
-
-        connection.Socket?.Close(0);
-        return new Connection(connection.Upstream, null, connection.Server,
-            target == client ? CloseReason.ClientReset : new CloseReason(refusal.Code, refusal.Words));
+        return refusal is not null ? new CloseReason(refusal.Code, refusal.Words)
+            : route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null;
     }
 
-    private void End(ConnectionLine line, CloseReason reason)
+    /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
+    private static async ValueTask<CloseReason?> SendFirstAsync(
+        Route route, Socket client, ConnectionLine line, FirstBytes first, Connection connection)
     {
+        AddressKind kind = connection.Upstream.Address.Kind;
+        ConnectSettings settings = route.Settings.Connect;
+        long quota = route.Settings.Bridge.QuotaUp(kind);
+        int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
+        int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
+            : first.Head(settings.SendProxy, line.Client, first.Destination);
+        Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
+        Refusal? refusal = header + length == 0 || target is null ? null
+            : await first.SendAsync(target, header + length, settings.Timeout);
+        line.BytesUp = refusal is null ? length : 0;
+        return refusal is null ? null : target == client ? CloseReason.ClientReset
+            : new CloseReason(refusal.Code, refusal.Words);
+    }
+
+    private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
+    {
+        if (isAdmitted)
+        {
+            route.Limit.Leave();
+        }
+
+        if (reason.Error is { } error)
+        {
+            _log.Event(LogLevel.Error, "internal-error", error.ToString());
+        }
+
         if (reason == CloseReason.OutOfDescriptors)
         {
             Exhaustion.Refused(_log); // one line an episode, not one a client
         }
         else
         {
-            line.Ended(reason.Code, reason.Words);
+            line.Ended(reason.Code, reason.Words); // (8)
             _log.Ended(line);
         }
 
@@ -1670,22 +1684,16 @@ internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings
     internal int Active; // connections; changed by Interlocked
 }
 
-/// <summary>The outcome of steps (3) and (4): a socket, or the failure. Disposing it gives the server's place back;
+/// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream? upstream, Socket? socket, EndPoint? server, CloseReason? failure) : IDisposable
+internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure)
 {
-    internal Upstream? Upstream { get; } = upstream; // null when it did not come to a choice
+    internal Upstream Upstream { get; } = upstream;
     internal Socket? Socket { get; } = socket; // null for the built-in servers
     internal EndPoint? Server { get; } = server;
     internal CloseReason? Failure { get; } = failure;
 
-    public void Dispose()
-    {
-        if (Upstream is not null)
-        {
-            Interlocked.Decrement(ref Upstream.Active);
-        }
-    }
+    internal void Release() => Interlocked.Decrement(ref Upstream.Active);
 }
 
 internal sealed class UpstreamPool
@@ -1736,7 +1744,7 @@ internal sealed class UpstreamPool
                 return connection;
             }
 
-            connection.Dispose();
+            connection.Release();
         }
     }
 
@@ -1773,7 +1781,8 @@ internal sealed class UpstreamPool
         Sweep.Start([settings.Timeout]);
         while (true)
         {
-            using Connection connection = await pool.ConnectAsync(0);
+            Connection connection = await pool.ConnectAsync(0);
+            connection.Release();
             connection.Socket?.Dispose();
             if (connection.Failure is not { } failure)
             {
@@ -2023,12 +2032,14 @@ internal sealed class Dial : Watched
     /// TCP's simultaneous open with itself.</summary>
     private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
 
-    internal override void Check(long now)
+    internal override bool Check(long now)
     {
         if (now >= _deadline)
         {
             End(CloseReason.ConnectTimeout);
         }
+
+        return true;
     }
 
     internal override void Stop() => End(CloseReason.StoppedConnecting);
@@ -2165,7 +2176,8 @@ internal sealed class BridgeSettings
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
-internal sealed class CloseReason(string code, string words, bool isOrderly = false, bool isWorthRetry = false)
+internal sealed class CloseReason(
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -2179,7 +2191,6 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
-    internal static readonly CloseReason InternalError = new("IC", "internal error");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
     internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
@@ -2192,13 +2203,18 @@ internal sealed class CloseReason(string code, string words, bool isOrderly = fa
     /// <summary>The failure is this server's, so another may do better.</summary>
     internal bool IsWorthRetry { get; } = isWorthRetry;
 
-    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? InternalError
+    /// <summary>What nobody expected: a defect of ours.</summary>
+    internal Exception? Error { get; } = error;
+
+    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
         : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
         : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
         : new CloseReason("SC", Text.Reason(error), isWorthRetry: true);
 }
 
-internal sealed class Bridge : Watched
+internal sealed class Bridge : PumpOwner
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -2220,16 +2236,22 @@ internal sealed class Bridge : Watched
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary><paramref name="sent"/> bytes from the client have already been passed on.</summary>
-    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long sent = 0)
+    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), sent);
+            settings.QuotaUp(kind), passed);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
+        client.Blocking = false;
+        if (upstream is not null)
+        {
+            upstream.Blocking = false;
+        }
+
         if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
         {
             SocketOptions.Relay(client); // on Linux an accepted socket has it from its listener
@@ -2239,60 +2261,23 @@ internal sealed class Bridge : Watched
     internal long BytesUp => _up.Bytes;
     internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
-    /// <summary>Ends when both sides have ended, or either was aborted; then both sockets are closed.</summary>
-    internal async Task<CloseReason> RunAsync()
+    /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
+    internal Task Up { get; private set; } = Task.CompletedTask;
+    internal Task Down { get; private set; } = Task.CompletedTask;
+    internal CloseReason? Reason => _reason;
+
+    internal void Start()
     {
         Sweep.Add(this);
-        Task up = RunAsync(_up);
+        Up = _up.RunAsync(this);
         if (_down is not null)
         {
-            await RunAsync(_down);
-        }
-
-        await up;
-        return _reason!;
-    }
-
-    /// <summary>One direction to its end. An error has a culprit: the source when it was received from, else the
-    /// target.</summary>
-    private async Task RunAsync(Pump pump)
-    {
-        try
-        {
-            PumpEnd end = await pump.RunAsync();
-            Finished(pump, end);
-            if (end == PumpEnd.Quota)
-            {
-                await pump.DiscardAsync();
-            }
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
-            CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
-            if (pump.IsSending)
-            {
-                // what the target had sent before it went away may still wait to be received: its pump ends by itself
-                Interlocked.CompareExchange(ref _reason, reason, null);
-            }
-            else
-            {
-                Abort(reason);
-            }
-        }
-        catch
-        {
-            Abort(CloseReason.InternalError); // the other pump must not go on alone
-            throw;
-        }
-        finally
-        {
-            Release();
+            Down = _down.RunAsync(this);
         }
     }
 
     /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
-    private void Finished(Pump pump, PumpEnd end)
+    internal override void Finished(Pump pump, PumpEnd end)
     {
         if (end == PumpEnd.Quota)
         {
@@ -2307,14 +2292,36 @@ internal sealed class Bridge : Watched
             {
                 pump.Target?.Shutdown(SocketShutdown.Send);
             }
-            catch (SocketException)
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
             {
                 // the target has gone; the other pump finds out why
             }
         }
     }
 
-    private void Release()
+    /// <summary>An error has a culprit: the source when it was received from, else the target.</summary>
+    internal override void Failed(Pump pump, Exception error)
+    {
+        if (error is not (SocketException or ObjectDisposedException))
+        {
+            Abort(CloseReason.Unexpected(error)); // the other pump must not go on alone
+            return;
+        }
+
+        bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
+        CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
+        if (pump.IsSending)
+        {
+            // what the target had sent before it went away may still wait to be received: its pump ends by itself
+            Interlocked.CompareExchange(ref _reason, reason, null);
+        }
+        else
+        {
+            Abort(reason);
+        }
+    }
+
+    internal override void Release()
     {
         if (Interlocked.Decrement(ref _references) == 0)
         {
@@ -2347,22 +2354,22 @@ internal sealed class Bridge : Watched
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
-    internal override void Check(long now)
+    internal override bool Check(long now)
     {
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
         {
             Abort(CloseReason.MaxLifetime);
-            return;
+            return true;
         }
 
         try
         {
             Probe(now);
-            CheckProgress(now);
+            return CheckProgress(now);
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            // it has just been closed
+            return true; // it has just been closed
         }
     }
 
@@ -2376,13 +2383,13 @@ internal sealed class Bridge : Watched
         }
     }
 
-    private void CheckProgress(long now)
+    private bool CheckProgress(long now)
     {
         long progress = ((BytesUp + BytesDown) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
         if (progress != _progress)
         {
             (_progress, _quietSince, _unsent) = (progress, now, -1);
-            return;
+            return true;
         }
 
         long quiet = now - _quietSince;
@@ -2395,7 +2402,7 @@ internal sealed class Bridge : Watched
         (TimeSpan limit, CloseReason reason) = Limit();
         if (limit == TimeSpan.Zero || quiet < limit.TotalMilliseconds / 2)
         {
-            return;
+            return false;
         }
 
         // a slow reader takes long for what one send has left in the kernel's queue: that is progress too
@@ -2412,6 +2419,8 @@ internal sealed class Bridge : Watched
         {
             Abort(reason);
         }
+
+        return false;
     }
 
     private (TimeSpan Limit, CloseReason Reason) Limit() =>
@@ -2444,27 +2453,39 @@ internal enum PumpEnd
     Quota,
 }
 
-internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long sent = 0)
+/// <summary>Owns the sockets of its pumps. Each pump holds a reference to it, and gives it back when it has ended.</summary>
+internal abstract class PumpOwner : Watched
+{
+    /// <summary>No more bytes will come this way.</summary>
+    internal abstract void Finished(Pump pump, PumpEnd end);
+
+    internal abstract void Failed(Pump pump, Exception error);
+
+    internal abstract void Release();
+}
+
+internal sealed class Pump(
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
     private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
     private readonly ReceiveBuffer _buffer = new(bufferSize);
-    private long _left = quota == 0 ? long.MaxValue : quota - sent;
+    private long _left = quota == 0 ? long.MaxValue : quota - passed;
     private int _burst;
 
     internal Socket Source { get; } = source;
     internal Socket? Target { get; } = target; // null: what comes is dropped
-    internal long Bytes { get; private set; } = sent;
+    internal long Bytes { get; private set; } = passed;
 
     /// <summary>It waits for the target, not for the source.</summary>
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
-    /// <summary>Copies until the end; as long as it is a stream, the kernel does it.</summary>
-    /// <exception cref="SocketException">the source when not <see cref="IsSending"/>, else the target, has failed</exception>
-    internal async Task<PumpEnd> RunAsync()
+    /// <summary>Copies until the end; as long as it is a stream, the kernel does it. Never throws: its owner is told, by
+    /// a call rather than by a task of its own that would wait as long as the pump (200 bytes a connection).</summary>
+    internal async Task RunAsync(PumpOwner owner)
     {
         try
         {
@@ -2476,7 +2497,12 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
-                    await Target.SendAsync(_buffer.Received(length), SocketFlags.None); // all of it: it is a stream
+                    int sent = length < bufferSize ? Send(length) : 0;
+                    if (sent < length)
+                    {
+                        await Target.SendAsync(_buffer.Received(length)[sent..], SocketFlags.None);
+                    }
+
                     IsSending = false;
                 }
 
@@ -2496,11 +2522,22 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
             }
 
             IsFinished = true;
-            return end;
+            owner.Finished(this, end);
+            if (end == PumpEnd.Quota)
+            {
+                await DiscardAsync();
+            }
+        }
+#pragma warning disable CA1031 // the owner decides what it means
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            owner.Failed(this, e);
         }
         finally
         {
             _buffer.GiveBack();
+            owner.Release();
         }
     }
 
@@ -2546,23 +2583,18 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
 
     /// <summary>After the quota. Closing a socket with bytes in it that were not received would reset it, and destroy what
     /// is on its way to the other side and back.</summary>
-    internal async Task DiscardAsync()
+    private async Task<PumpEnd> DiscardAsync()
     {
-        try
+        while (await ReceiveAsync(bufferSize) is int length and > 0)
         {
-            while (await ReceiveAsync(bufferSize) is int length and > 0)
+            _burst += length;
+            if (IsTurnOver())
             {
-                _burst += length;
-                if (IsTurnOver())
-                {
-                    await Task.Yield();
-                }
+                await Task.Yield();
             }
         }
-        finally
-        {
-            _buffer.GiveBack();
-        }
+
+        return PumpEnd.Source;
     }
 
     /// <summary>The target is full, or gone: SendAsync waits, or says so.</summary>
@@ -2578,6 +2610,14 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
         {
             ArrayPool<byte>.Shared.Return(rest);
         }
+    }
+
+    /// <summary>What the kernel takes at once of a message, which is nearly always all of it. SendAsync would begin with the
+    /// same system call, and keep its event arguments (360 bytes a socket) for the next.</summary>
+    private int Send(int length)
+    {
+        int sent = Target!.Send(_buffer.Received(length).Span, SocketFlags.None, out SocketError error);
+        return error is SocketError.Success or SocketError.WouldBlock ? sent : throw new SocketException((int)error);
     }
 
     /// <summary>Not async itself, so that it costs no task: it only sees to the buffer while the receive waits.</summary>
@@ -3090,12 +3130,14 @@ internal sealed class Patience : Watched, IDisposable
         Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
         : new Refusal(end, end == _late ? lateWords : "shutdown");
 
-    internal override void Check(long now)
+    internal override bool Check(long now)
     {
         if (now >= _deadline)
         {
             Close(_late);
         }
+
+        return true;
     }
 
     internal override void Stop() => Close(_stopped);
@@ -3123,7 +3165,7 @@ internal sealed class FirstBytes : IDisposable
 
     /// <summary>The client that a PROXY header named, and where it had connected to.</summary>
     internal EndPoint? Source { get; private set; }
-    internal EndPoint? Destination { get; private set; }
+    internal EndPoint? Destination { get; set; }
 
     /// <summary>The TLS server that the client asks for; null when it asks for none.</summary>
     internal string? Name => _name;
@@ -3599,20 +3641,21 @@ internal abstract class Watched
 {
     internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
 
-    /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed.</summary>
-    internal abstract void Check(long now);
+    /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed. False when nothing
+    /// has happened since the last time.</summary>
+    internal abstract bool Check(long now);
 
     /// <summary>Called instead once the process is to end.</summary>
     internal abstract void Stop();
 }
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
-/// as often as an eighth of the shortest timeout, and not at all while there is nothing to look at.</summary>
+/// as often as an eighth of the shortest timeout, half as often while all is quiet, and not at all while there is nothing
+/// to look at.</summary>
 internal static class Sweep
 {
     private const int Shortest = 25; // ms between two looks
     private const int Longest = 1000;
-
     private static readonly Lock Gate = new();
     private static readonly AutoResetEvent Bell = new(false);
     private static Watched[] _watched = new Watched[64];
@@ -3676,9 +3719,12 @@ internal static class Sweep
     private static void Run()
     {
         Watched[] seen = [];
+        Rest rest = new();
+        bool isQuiet = false;
         while (true)
         {
-            Bell.WaitOne(IsEmpty() ? Timeout.Infinite : _interval);
+            int pause = isQuiet ? Math.Min(2 * _interval, Longest) : _interval;
+            Bell.WaitOne(!IsEmpty() ? pause : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
             int count;
             lock (Gate)
             {
@@ -3689,6 +3735,7 @@ internal static class Sweep
 
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
+            isQuiet = true;
             foreach (Watched watched in seen.AsSpan(0, count))
             {
                 if (isStop)
@@ -3697,11 +3744,12 @@ internal static class Sweep
                 }
                 else
                 {
-                    watched.Check(now);
+                    isQuiet &= !watched.Check(now);
                 }
             }
 
             Array.Clear(seen, 0, count);
+            rest.Look(isQuiet, now);
         }
     }
 
@@ -3710,6 +3758,35 @@ internal static class Sweep
         lock (Gate)
         {
             return _isAsleep = _count == 0;
+        }
+    }
+}
+
+/// <summary>Collects garbage when it disturbs nobody. The pause is 3 ms with 1,000 connections and 26 with 9,000, of which
+/// each then takes 3.1 KB instead of 3.5 to 5.</summary>
+internal sealed class Rest
+{
+    internal const int Quiet = 500; // ms
+    private const long Worth = 1 << 20; // bytes allocated since the last collection
+
+    private long _allocated;
+    private long _collected; // of _allocated
+    private long _quietSince;
+
+    internal bool IsDue => _allocated - _collected > Worth + (GC.GetTotalMemory(false) / 4);
+
+    /// <summary>Called again and again with whether anything has happened since the last time.</summary>
+    internal void Look(bool isQuiet, long now)
+    {
+        long allocated = GC.GetTotalAllocatedBytes();
+        if (!isQuiet || allocated != _allocated)
+        {
+            (_allocated, _quietSince) = (allocated, now);
+        }
+        else if (now - _quietSince >= Quiet && IsDue)
+        {
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+            _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
     }
 }

@@ -75,6 +75,10 @@ find_toolchain() { # static|dynamic
     # GNU ld (seen up to 2.40) fails on an assertion when it makes a static-pie of the runtime's objects.
     if [ "$linker" = lld ] && links "$compiler" -fuse-ld=lld -static-pie && { "$obj/probe"; } 2>/dev/null; then
         kind=static-pie
+        # glibc before 2.36 would start without having adjusted anything: the probe crashes.
+        if links "$compiler" -fuse-ld=lld -static-pie -Wl,--pack-dyn-relocs=relr && { "$obj/probe"; } 2>/dev/null; then
+            props="$props -p:PackRelocations=true"
+        fi
     else
         props="$props -p:PositionIndependentExecutable=false"
     fi

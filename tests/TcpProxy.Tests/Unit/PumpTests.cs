@@ -128,7 +128,8 @@ public sealed class PumpTests
         (Socket dialled, Socket server) = await PairAsync();
         BridgeSettings settings = new() { BufferSize = 1000 };
         Bridge bridge = new(accepted, dialled, AddressKind.Tcp, settings);
-        Task<CloseReason> end = bridge.RunAsync();
+        bridge.Start();
+        Task end = Task.WhenAll(bridge.Up, bridge.Down);
         byte[] up = Bytes(50_000);
         byte[] down = Bytes(70_000);
         Task<byte[]> received = ReceiveAllAsync(server);
@@ -139,7 +140,8 @@ public sealed class PumpTests
         await server.SendAsync(down, SocketFlags.None);
         server.Shutdown(SocketShutdown.Send);
         Assert.Equal(down, await ReceiveAllAsync(client));
-        Assert.Same(CloseReason.Done, await end);
+        await end;
+        Assert.Same(CloseReason.Done, bridge.Reason);
         Assert.Equal((50_000, 70_000), (bridge.BytesUp, bridge.BytesDown));
         Assert.Throws<ObjectDisposedException>(() => accepted.Available);
         Assert.Throws<ObjectDisposedException>(() => dialled.Available);
@@ -153,9 +155,11 @@ public sealed class PumpTests
         (Socket client, Socket accepted) = await PairAsync();
         (Socket dialled, Socket server) = await PairAsync();
         Bridge bridge = new(accepted, dialled, AddressKind.Tcp, new BridgeSettings { BufferSize = 1000 });
-        Task<CloseReason> end = bridge.RunAsync();
+        bridge.Start();
+        Task end = Task.WhenAll(bridge.Up, bridge.Down);
         server.Close(0);
-        Assert.Same(CloseReason.UpstreamReset, await end);
+        await end;
+        Assert.Same(CloseReason.UpstreamReset, bridge.Reason);
         SocketException e = await Assert.ThrowsAsync<SocketException>(
             async () => await client.ReceiveAsync(new byte[1].AsMemory(), TestContext.Current.CancellationToken));
         Assert.Equal(SocketError.ConnectionReset, e.SocketErrorCode);
