@@ -153,7 +153,7 @@ public sealed class SniTests : EndToEndTest
             upstream {second.Address}
 
             """);
-        ProxyProcess proxy = await Given.Proxy("-c", file);
+        ProxyProcess proxy = (await Given.Proxy("-c", file)).Tolerate("server"); // it is said to be down
         byte[] hello = Hello.Make("a.example");
         for (int i = 0; i < 20; i++)
         {
