@@ -9,10 +9,10 @@
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
 //            |                      (2) ConnectionLimit                            |
-//            |  --- a header, a hello ->  FirstBytes, in a route that asks         |
+//            |  --- its words --->      FirstBytes, where a route asks for them    |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
-//            |                          FirstBytes    ---- a header, them --->     |
+//            |                          FirstBytes    ---- header, words --->      |
 //            |  ======= up =======> (5) Bridge, two Pumps  ======= up =======>     |
 //            |  <===== down ======  (6)                    <===== down ======      |
 //            |  <--- FIN / RST ---> (7)               <--- FIN / RST --->          |
