@@ -9,17 +9,21 @@
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
 //            |                      (2) ConnectionLimit                            |
+//            |  --- its words --->      FirstBytes, where a route asks for them    |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
+//            |                          FirstBytes    ---- header, words --->      |
 //            |  ======= up =======> (5) Bridge, two Pumps  ======= up =======>     |
 //            |  <===== down ======  (6)                    <===== down ======      |
 //            |  <--- FIN / RST ---> (7)               <--- FIN / RST --->          |
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection?
+//   (2) Admission says yes or no: is there room for one more connection? Then, in a route that asks for it, a PROXY
+//       header tells who the client is, and a TLS hello whom it wants.
 //   (3) The pool of the route picks the server with the fewest connections.
-//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server.
+//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server. It gets
+//       a PROXY header if the route sends one, and the bytes that were read in (2).
 //   (5) A Bridge owns both sockets. Two Pumps copy, one a direction, each with at most one buffer.
 //   (6) A Pump that waits holds no buffer; a Pump that cannot send does not receive: that is all of backpressure.
 //       A stream is left to the kernel, which moves it from socket to socket without copying.
@@ -67,19 +71,22 @@
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
 //    9 PUMP        one direction: receive, send; the buffer
-//   10 OBSERVE     log lines, written off the data path
-//   11 PLATFORM    the sweep, addresses, units, text, libc
+//   10 PREREAD     PROXY protocol in and out, TLS server name
+//   11 OBSERVE     log lines, written off the data path
+//   12 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
 
 using System;
 using System.Buffers;
+using System.Buffers.Binary;
 using System.Collections.Generic;
 using System.Diagnostics;
 using System.Globalization;
 using System.IO;
 using System.Net;
 using System.Net.Sockets;
+using System.Numerics;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Text;
@@ -192,8 +199,16 @@ internal sealed class Option(
             + "--listen are defaults for every route.",
             (_, r, v) => r.Listen = ListenAddress.Parse(v)),
         new("upstream", 'u', "ADDR", "route", Scope.Route, "",
-            "Relay them to ADDR. Given several times: to the server with the fewest connections.",
-            (_, r, v) => r.Upstreams.Add(UpstreamAddress.Parse(v))),
+            "Relay them to ADDR. Given several times: to one of them, as --balance says. Settings may follow: "
+            + "weight=N is its share among the others (1; 0 to 256, 0 = no new connections), backup keeps it for the time "
+            + "when no other can be used, max-connections=N bounds it (off), slow-start=TIME is how long its share grows "
+            + "after a failure (10s), name=TEXT stands for its address in the choice of --balance source and in the log.",
+            (_, r, v) => r.Add(UpstreamSettings.Parse(v))),
+        new("sni", '\0', "NAME[,NAME...]", "route", Scope.Route, "",
+            "The upstreams that follow serve the TLS clients that ask for NAME. *.example.com stands for all names below "
+            + "example.com; an exact name wins over it, and a longer one over a shorter. Upstreams before any --sni serve "
+            + "all others; without them, others are refused. TLS goes through as it is.",
+            (_, r, v) => r.ServerNames = ServerName.ParseList(v)),
         new("name", '\0', "TEXT", "route", Scope.Route, "",
             "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
             (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
@@ -208,6 +223,9 @@ internal sealed class Option(
             "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached.",
             (_, r, v) => r.Connect.Source = IPAddress.TryParse(v, out IPAddress? address) ? address
                 : throw new FormatException($"'{v}' is not an IP address")),
+        new("send-proxy", '\0', "off|v1|v2", "connect", Scope.Route, "off",
+            "Tell servers the client's address in a PROXY protocol header. The built-in servers get none.",
+            (_, r, v) => r.Connect.SendProxy = (ProxyVersion)Text.ParseWord(v, "version", "off", "v1", "v2")),
         new("resolve", '\0', "TIME", "connect", Scope.Route, "30s",
             "Keep the addresses of a server's name for TIME. A name is resolved when it is first needed, again when "
             + "TIME has passed or its addresses fail; while it does not resolve, the last known addresses serve.",
@@ -237,6 +255,15 @@ internal sealed class Option(
             "Probe a connection that is silent for TIME (TCP keep-alive), on both sides. One that does not answer "
             + "three probes, TIME/4 apart, is dead.",
             (_, r, v) => r.Bridge.Keepalive = Units.ParseTime(v)),
+
+        new("preread-timeout", '\0', "TIME", "timeouts", Scope.Route, "5s",
+            "Reset a client whose PROXY header or TLS hello, where one is read, is not complete within TIME.",
+            (_, r, v) => r.Preread.Timeout = Units.ParseTime(v)),
+
+        new("accept-proxy", '\0', "CIDR[,CIDR...]", "client address", Scope.Route, "off",
+            "Require a PROXY protocol header (version 1 or 2) from these senders, and take the address in it for the "
+            + "client's. unix stands for whoever comes by a unix socket. From others no header is read.",
+            (_, r, v) => r.Preread.AcceptProxy(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
@@ -310,6 +337,9 @@ internal readonly struct Setting(Option option, string value, string where)
     private readonly string _value = value;
     internal string Where { get; } = where;
 
+    /// <summary>The same with one more word.</summary>
+    internal Setting With(string word) => new(Option, $"{_value} {word}", Where);
+
     internal void Apply(Settings settings, RouteSettings route)
     {
         try
@@ -374,12 +404,18 @@ internal static class CommandLine
     private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
     {
         bool optionsEnded = false;
+        int options = 0; // that had been typed before the last positional word
         for (int i = 0; i < words.Count; i++)
         {
             string word = words[i];
-            if (optionsEnded || word.Length < 2 || word[0] != '-')
+            if (UpstreamSettings.IsOne(word))
+            {
+                AddSetting(word, typed, positional, options == typed.Count);
+            }
+            else if (optionsEnded || word.Length < 2 || word[0] != '-')
             {
                 positional.Add(word);
+                options = typed.Count;
             }
             else if (word == "--")
             {
@@ -393,6 +429,23 @@ internal static class CommandLine
             {
                 i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
             }
+        }
+    }
+
+    /// <summary>weight=3 and the like belong to the upstream that they follow.</summary>
+    private static void AddSetting(string word, List<Setting> typed, List<string> positional, bool isPositional)
+    {
+        if (isPositional && positional.Count > 1)
+        {
+            positional[^1] += $" {word}";
+        }
+        else if (!isPositional && typed[^1].Option.Name == "upstream")
+        {
+            typed[^1] = typed[^1].With(word);
+        }
+        else
+        {
+            throw new FormatException($"'{word}': a setting of an upstream stands right after its address");
         }
     }
 
@@ -529,8 +582,8 @@ internal static class CommandLine
         Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
         if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
         {
-            defaults.Upstreams.Clear();
-            settings.Routes.ForEach(route => route.Upstreams.Clear());
+            defaults.ClearUpstreams();
+            settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
         foreach (Setting setting in typed[..head])
@@ -585,7 +638,7 @@ internal static class CommandLine
         if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
         {
             route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
-            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamAddress.Parse($"{Bracket(words[2])}:{v}")));
+            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamSettings.Parse($"{Bracket(words[2])}:{v}")));
             return words.Count == 4 ? route : throw new FormatException(
                 $"'{words[4]}': unexpected argument after the four of the original form"
                 + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
@@ -601,7 +654,7 @@ internal static class CommandLine
         for (int i = 1; i < words.Count; i++)
         {
             string word = words[i];
-            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamAddress.Parse)
+            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamSettings.Parse)
                 : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
         }
 
@@ -769,10 +822,12 @@ internal sealed class RouteSettings
     internal string? Name { get; set; }
     internal string Where { get; set; } = ""; // it was typed, for messages
     internal ListenAddress? Listen { get; set; }
-    internal List<UpstreamAddress> Upstreams { get; private set; } = [];
+    internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
+    internal PrereadSettings Preread { get; private set; } = new();
+    internal string[]? ServerNames { get; set; } // of the upstreams that follow
 
     internal string Title => Name ?? Listen!.Text;
 
@@ -782,7 +837,20 @@ internal sealed class RouteSettings
         copy.Upstreams = [.. Upstreams];
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
+        copy.Preread = Preread.Clone();
         return copy;
+    }
+
+    internal void Add(UpstreamSettings upstream)
+    {
+        upstream.ServerNames = ServerNames;
+        Upstreams.Add(upstream);
+    }
+
+    internal void ClearUpstreams()
+    {
+        Upstreams.Clear();
+        ServerNames = null;
     }
 
     /// <exception cref="FormatException">the parts do not fit together</exception>
@@ -795,7 +863,7 @@ internal sealed class RouteSettings
                 + $"Try '{listen} echo', or -u ADDR");
         }
 
-        foreach (UpstreamAddress upstream in Upstreams)
+        foreach (UpstreamAddress upstream in Upstreams.ConvertAll(upstream => upstream.Address))
         {
             if (upstream.PortCount > 1 && upstream.PortCount != Listen.PortCount)
             {
@@ -803,16 +871,83 @@ internal sealed class RouteSettings
                     + $"but {listen} has {Listen.PortCount}; give as many, or one for all");
             }
         }
+
+        ValidateNames();
+    }
+
+    private void ValidateNames()
+    {
+        Dictionary<string, string> groups = [];
+        foreach (string[] names in Upstreams.ConvertAll(upstream => upstream.ServerNames ?? []))
+        {
+            foreach (string name in names)
+            {
+                string group = string.Join(',', names);
+                if (!groups.TryAdd(name, group) && groups[name] != group)
+                {
+                    throw new FormatException($"{Where}route {Title}: --sni: {name} stands in two groups of upstreams");
+                }
+            }
+        }
+
+        if (ServerNames is not null && !Upstreams.Exists(upstream => upstream.ServerNames == ServerNames))
+        {
+            throw new FormatException($"{Where}route {Title}: --sni {string.Join(',', ServerNames)}: no upstream follows; "
+                + "write --sni NAME -u ADDR");
+        }
     }
 }
 
 /// <summary>A route at run time.</summary>
-internal sealed class Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+internal sealed class Route
 {
-    internal RouteSettings Settings { get; } = settings;
-    internal string Title { get; } = settings.Title;
-    internal ConnectionLimit Limit { get; } = new(settings.MaxConnections, processLimit);
-    internal UpstreamPool Pool { get; } = new(settings.Upstreams, settings.Connect, settings.Title, log);
+    private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
+
+    internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+    {
+        Settings = settings;
+        Title = settings.Title;
+        Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        foreach (UpstreamSettings upstream in settings.Upstreams)
+        {
+            string group = Group(upstream);
+            UpstreamPool? known = group.Length == 0 ? Pool : _named.GetValueOrDefault(Key(upstream.ServerNames![0]));
+            if (known is null)
+            {
+                UpstreamPool pool = new(settings.Upstreams.FindAll(one => Group(one) == group), settings.Connect, Title, log);
+                Pool = group.Length == 0 ? pool : Pool;
+                Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
+            }
+        }
+
+        NeedsName = _named.Count > 0;
+        IsPlain = !NeedsName && !settings.Preread.HasSenders && settings.Connect.SendProxy == ProxyVersion.Off;
+
+        static string Group(UpstreamSettings upstream) => string.Join(',', upstream.ServerNames ?? []);
+
+        static string Key(string name) => name.TrimStart('*');
+    }
+
+    internal RouteSettings Settings { get; }
+    internal string Title { get; }
+    internal ConnectionLimit Limit { get; }
+    internal UpstreamPool? Pool { get; } // for those whom no --sni names
+    internal bool NeedsName { get; }
+
+    /// <summary>It needs no first bytes.</summary>
+    internal bool IsPlain { get; }
+
+    /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
+    internal UpstreamPool? PoolOf(string? name)
+    {
+        UpstreamPool? pool = null;
+        for (int dot = 0; name is not null && dot >= 0 && !_named.TryGetValue(name[dot..], out pool);)
+        {
+            dot = name.IndexOf('.', dot + 1);
+        }
+
+        return pool ?? Pool;
+    }
 }
 
 internal sealed class Proxy
@@ -891,7 +1026,8 @@ internal sealed class Proxy
             Route route = new(settings, processLimit, _log);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
-            bounds.AddRange(settings.Connect.Timeout, bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
+            bounds.AddRange(settings.Connect.Timeout, route.IsPlain ? TimeSpan.Zero : settings.Preread.Timeout,
+                bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
                 bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero);
             try
             {
@@ -904,7 +1040,7 @@ internal sealed class Proxy
             }
 
             string bound = settings.Listen!.PortCount == 1 ? _acceptors[first].Address : settings.Listen.Text;
-            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams));
+            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
         }
 
         Sweep.Start(bounds);
@@ -1000,17 +1136,32 @@ internal sealed class Proxy
                 return;
             }
 
-            Connection connection = await route.Pool.ConnectAsync(portIndex); // (3) (4)
+            using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
+            reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
+            if (reason is not null)
+            {
+                client.Close(0);
+                return;
+            }
+
+            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync(portIndex, line.Client, client); // (3) (4)
             line.Target = connection.Upstream.Address.Text;
             reason = connection.Failure;
             if (reason is null)
             {
                 line.Connected(connection.Server);
-                Bridge bridge = new(client, connection.Socket, connection.Upstream.Address.Kind, route.Settings.Bridge); // (5)
+                reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection);
+            }
+
+            if (reason is null)
+            {
+                AddressKind kind = connection.Upstream.Address.Kind;
+                Bridge bridge = new(client, connection.Socket, kind, route.Settings.Bridge, line.BytesUp); // (5)
                 _ = RelayAsync(route, connection, bridge, line);
             }
             else
             {
+                connection.Socket?.Close(0);
                 connection.Release();
                 client.Close(0); // a reset: the client must not take this for an empty answer
             }
@@ -1040,6 +1191,42 @@ internal sealed class Proxy
         connection.Release();
         (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
         End(route, isAdmitted: true, line, bridge.Reason!);
+    }
+
+    /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
+    private static async ValueTask<CloseReason?> ReadFirstAsync(
+        Route route, Socket client, ConnectionLine line, FirstBytes first)
+    {
+        PrereadSettings settings = route.Settings.Preread;
+        bool isSender = settings.IsSender(line.Client);
+        Refusal? refusal = !isSender && !route.NeedsName ? null
+            : await first.ReadAsync(client, isSender, route.NeedsName, settings.Timeout);
+        line.Client = first.Source ?? line.Client;
+        if (first.Source is null && route.Settings.Connect.SendProxy != ProxyVersion.Off)
+        {
+            first.Destination = client.LocalEndPoint;
+        }
+
+        return refusal is not null ? new CloseReason(refusal.Code, refusal.Words)
+            : route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null;
+    }
+
+    /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
+    private static async ValueTask<CloseReason?> SendFirstAsync(
+        Route route, Socket client, ConnectionLine line, FirstBytes first, Connection connection)
+    {
+        AddressKind kind = connection.Upstream.Address.Kind;
+        ConnectSettings settings = route.Settings.Connect;
+        long quota = route.Settings.Bridge.QuotaUp(kind);
+        int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
+        int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
+            : first.Head(settings.SendProxy, line.Client, first.Destination);
+        Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
+        Refusal? refusal = header + length == 0 || target is null ? null
+            : await first.SendAsync(target, header + length, settings.Timeout);
+        line.BytesUp = refusal is null ? length : 0;
+        return refusal is null ? null : target == client ? CloseReason.ClientReset
+            : new CloseReason(refusal.Code, refusal.Words);
     }
 
     private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
@@ -1430,6 +1617,71 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 // == 6  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, and which one instead when it does not answer.
 
+/// <summary>One upstream as it was typed: its address and what follows it.</summary>
+internal sealed class UpstreamSettings(UpstreamAddress address)
+{
+    private const int MostWeight = 256; // as HAProxy's
+
+    private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
+
+    internal UpstreamAddress Address { get; } = address;
+    internal int Weight { get; private set; } = 1; // 0 = drained: no new connections
+    internal bool IsBackup { get; private set; }
+    internal int MaxConnections { get; private set; } // 0 = off
+    internal TimeSpan SlowStart { get; private set; } = TimeSpan.FromSeconds(10);
+    internal string? Name { get; private set; }
+
+    /// <summary>The TLS names of the clients that it serves; null = it is of the fallback group.</summary>
+    internal string[]? ServerNames { get; set; }
+
+    /// <summary>Whether a word looks like a setting, known or not: backup, or key=value.</summary>
+    internal static bool IsOne(string word) => word == "backup"
+        || (word.IndexOf('=', StringComparison.Ordinal) is int end and > 0
+            && word[0] != '-' && Array.TrueForAll(word[..end].ToCharArray(), c => char.IsAsciiLetterLower(c) || c == '-'));
+
+    /// <summary>ADDR [weight=N] [backup] [max-connections=N] [slow-start=TIME] [name=TEXT]</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    internal static UpstreamSettings Parse(string text)
+    {
+        string[] words = text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries);
+        int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne) : Math.Min(1, words.Length);
+        UpstreamSettings settings = new(UpstreamAddress.Parse(first < 0 ? text : string.Join(' ', words[..first])));
+        foreach (string word in first < 0 ? [] : words[first..])
+        {
+            settings.Apply(word);
+        }
+
+        return settings;
+    }
+
+    private void Apply(string word)
+    {
+        int equals = word.IndexOf('=', StringComparison.Ordinal);
+        (string key, string value) = equals < 0 ? (word, "") : (word[..equals], word[(equals + 1)..]);
+        int index = Text.ParseWord(key, "setting", Keys);
+        if ((equals < 0) != (key == "backup"))
+        {
+            throw new FormatException(equals < 0 ? $"{key}: needs a value, as in {key}=5" : $"{key}: takes no value");
+        }
+
+        try
+        {
+            switch (index)
+            {
+                case 0: Weight = Units.ParseCount(value, most: MostWeight); break;
+                case 1: IsBackup = true; break;
+                case 2: MaxConnections = Units.ParseCount(value); break;
+                case 3: SlowStart = Units.ParseTime(value); break;
+                default: Name = value.Length > 0 ? value : throw new FormatException("a name has at least one character"); break;
+            }
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{key}: {e.Message}");
+        }
+    }
+}
+
 /// <summary>One server of a route, and how many connections it has.</summary>
 internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings, string route, Log log)
 {
@@ -1458,15 +1710,19 @@ internal sealed class UpstreamPool
     private readonly ConnectSettings _settings;
     private int _turn;
 
-    internal UpstreamPool(List<UpstreamAddress> addresses, ConnectSettings settings, string route, Log log)
+    internal UpstreamPool(List<UpstreamSettings> upstreams, ConnectSettings settings, string route, Log log)
     {
         _settings = settings;
-        _upstreams = [.. addresses.ConvertAll(address => new Upstream(address, settings, route, log))];
+        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream.Address, settings, route, log))];
     }
 
-    /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.</summary>
-    internal async ValueTask<Connection> ConnectAsync(int portIndex)
+    /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
+    /// <paramref name="from"/> is the client's address as the choice takes it, <paramref name="client"/> its socket, which
+    /// is looked at only to see whether it has left.</summary>
+    internal async ValueTask<Connection> ConnectAsync(int portIndex, EndPoint? from = null, Socket? client = null)
     {
+        _ = from;
+        _ = client;
         List<Upstream>? tried = null;
         while (true)
         {
@@ -1527,7 +1783,7 @@ internal sealed class UpstreamPool
         long started = Environment.TickCount64;
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([address], settings, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], settings, "", silent);
         Sweep.Start([settings.Timeout]);
         while (true)
         {
@@ -1587,6 +1843,7 @@ internal sealed class ConnectSettings
     internal int Retries { get; set; }
     internal TimeSpan Resolve { get; set; }
     internal IPAddress? Source { get; set; }
+    internal ProxyVersion SendProxy { get; set; }
 
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
@@ -1914,6 +2171,12 @@ internal sealed class BridgeSettings
     internal TimeSpan QuotaGrace =>
         FinTimeout > TimeSpan.Zero && FinTimeout < TimeSpan.FromSeconds(1) ? FinTimeout : TimeSpan.FromSeconds(1);
 
+    /// <summary>The quota of the pump from the client. What echo gets it also gives, so the lesser of two holds.</summary>
+    internal long QuotaUp(AddressKind kind) => IsDownFirst(kind) ? MaxBytesDown : MaxBytesUp;
+
+    internal bool IsDownFirst(AddressKind kind) =>
+        kind == AddressKind.Echo && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
+
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
 }
 
@@ -1979,14 +2242,13 @@ internal sealed class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings)
+    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
-        bool isDownFirst = _isEcho && settings.MaxBytesDown > 0
-            && (settings.MaxBytesUp == 0 || settings.MaxBytesDown < settings.MaxBytesUp);
-        _upQuota = isDownFirst ? CloseReason.QuotaDown : CloseReason.QuotaUp;
+        _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            isDownFirst ? settings.MaxBytesDown : settings.MaxBytesUp);
+            settings.QuotaUp(kind), passed);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
         _references = _down is null ? 1 : 2;
@@ -2209,19 +2471,20 @@ internal abstract class PumpOwner : Watched
     internal abstract void Release();
 }
 
-internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool isSplicing, long quota)
+internal sealed class Pump(
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
     private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
     private readonly ReceiveBuffer _buffer = new(bufferSize);
-    private long _left = quota == 0 ? long.MaxValue : quota;
+    private long _left = quota == 0 ? long.MaxValue : quota - passed;
     private int _burst;
 
     internal Socket Source { get; } = source;
     internal Socket? Target { get; } = target; // null: what comes is dropped
-    internal long Bytes { get; private set; }
+    internal long Bytes { get; private set; } = passed;
 
     /// <summary>It waits for the target, not for the source.</summary>
     internal bool IsSending { get; private set; }
@@ -2233,9 +2496,9 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
     {
         try
         {
-            PumpEnd end;
+            PumpEnd end = _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
             int full = 0;
-            do
+            while (end == PumpEnd.NotYet)
             {
                 int length = await ReceiveAsync(_left);
                 if (length > 0 && Target is not null)
@@ -2264,7 +2527,7 @@ internal sealed class Pump(Socket source, Socket? target, int bufferSize, bool i
                     await Task.Yield();
                 }
             }
-            while (end == PumpEnd.NotYet);
+
             IsFinished = true;
             owner.Finished(this, end);
             if (end == PumpEnd.Quota)
@@ -2476,7 +2739,553 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
     protected override void Dispose(bool disposing) => GiveBack();
 }
 
-// == 10  OBSERVE ====================================================================================================
+// == 10  PREREAD ====================================================================================================
+// The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
+// (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
+// What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back, when
+// the bridge begins.
+//
+// A parser is given all bytes so far and returns how many it takes: 0 is "more", unless it says what is wrong.
+
+internal enum ProxyVersion
+{
+    Off,
+    V1,
+    V2,
+}
+
+/// <summary>The PROXY protocol, as haproxy.org's doc/proxy-protocol.txt has it.</summary>
+internal static class ProxyHeader
+{
+    internal const int LongestWritten = Fixed + UnixSize;
+
+    private const int LongestV1 = 107; // bytes with CR LF: the protocol's 2.1
+    private const int LongestV2 = 4096; // bytes; the protocol would allow 65,551
+    private const int Fixed = 16; // bytes of version 2 before the addresses
+    private const int Local = 0x20; // version and command: the sender speaks for itself, there is no client
+    private const int Proxied = 0x21;
+    private const int Tcp4 = 0x11; // address family and protocol
+    private const int Tcp6 = 0x21;
+    private const int UnixStream = 0x31;
+    private const int Tcp4Size = 12; // bytes of both addresses and ports
+    private const int Tcp6Size = 36;
+    private const int UnixSize = 2 * UnixPath;
+    private const int UnixPath = 108;
+    private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
+
+    private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
+
+    private static ReadOnlySpan<byte> SignatureV2 => "\r\n\r\n\0\r\nQUIT\n"u8;
+
+    /// <summary>Both addresses stay null where the sender does not say: those of the connection are the client's.</summary>
+    internal static int Parse(
+        ReadOnlySpan<byte> bytes, out EndPoint? source, out EndPoint? destination, out string? wrong)
+    {
+        (source, destination, wrong) = (null, null, null);
+        bool isV2 = bytes.CommonPrefixLength(SignatureV2) == Math.Min(bytes.Length, SignatureV2.Length);
+        bool isV1 = bytes.CommonPrefixLength(SignatureV1) == Math.Min(bytes.Length, SignatureV1.Length);
+        wrong = isV1 || isV2 ? null : "no PROXY header";
+        return isV2 && bytes.Length >= Fixed ? ParseV2(bytes, ref source, ref destination, out wrong)
+            : isV1 ? ParseV1(bytes[..Math.Min(bytes.Length, LongestV1)], ref source, ref destination, out wrong) : 0;
+    }
+
+    private static int ParseV1(
+        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    {
+        int end = bytes.IndexOfAny((byte)'\r', (byte)'\n');
+        bool isCut = end < 0 || (end == bytes.Length - 1 && bytes[end] == '\r');
+        wrong = isCut && bytes.Length == LongestV1 ? $"PROXY header longer than {LongestV1} bytes"
+            : !isCut && !bytes[end..].StartsWith("\r\n"u8) ? "PROXY header that does not end with CR LF" : null;
+        if (isCut || wrong is not null)
+        {
+            return 0;
+        }
+
+        string line = Encoding.UTF8.GetString(bytes[..end]);
+        string[] words = line.Split(' ');
+        bool isV6 = words[1] == "TCP6";
+        IPEndPoint? from = null;
+        IPEndPoint? to = null;
+        if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
+        {
+            (from, to) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
+        }
+
+        bool isKnown = from is not null && to is not null;
+        (source, destination) = isKnown ? (from, to) : (null, null);
+        wrong = isKnown || words[1] == "UNKNOWN" ? null : $"malformed PROXY header '{line}'";
+        return wrong is null ? end + 2 : 0;
+    }
+
+    /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
+    private static IPEndPoint? Read(string address, string port, bool isV6) =>
+        address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
+            && ip.AddressFamily == (isV6 ? AddressFamily.InterNetworkV6 : AddressFamily.InterNetwork)
+            && (isV6 || ip.ToString() == address)
+            && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
+            && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
+            ? new IPEndPoint(ip, number) : null;
+
+    private static int ParseV2(
+        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    {
+        bool isLocal = bytes[12] == Local; // then what follows is of no meaning
+        int family = bytes[13];
+        int end = Fixed + BinaryPrimitives.ReadUInt16BigEndian(bytes[14..]);
+        int addresses = (family >> 4) switch { 0 => Fixed, 1 => Fixed + Tcp4Size, 2 => Fixed + Tcp6Size, _ => Fixed + UnixSize };
+        wrong = !isLocal && bytes[12] != Proxied ? "PROXY header of an unknown version or command"
+            : end > LongestV2 ? $"PROXY header longer than {LongestV2} bytes"
+            : isLocal ? null
+            : family >> 4 > 3 || (family & 15) > 2 ? "PROXY header of an unknown address family"
+            : end < addresses ? "PROXY header shorter than its addresses"
+            : bytes.Length < end ? null : CheckExtensions(bytes[..end], addresses);
+        if (wrong is not null || bytes.Length < end)
+        {
+            return 0;
+        }
+
+        int half = Fixed + (family == Tcp4 ? 4 : 16);
+        if (!isLocal && family is Tcp4 or Tcp6)
+        {
+            source = Read(bytes[Fixed..half], bytes[(addresses - 4)..]);
+            destination = Read(bytes[half..(addresses - 4)], bytes[(addresses - 2)..]);
+        }
+        else if (!isLocal && family == UnixStream)
+        {
+            source = ReadPath(bytes.Slice(Fixed, UnixPath));
+            destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
+        }
+
+        return end;
+
+        static IPEndPoint Read(ReadOnlySpan<byte> address, ReadOnlySpan<byte> port) =>
+            new(new IPAddress(address), BinaryPrimitives.ReadUInt16BigEndian(port));
+    }
+
+    /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
+    private static UnixDomainSocketEndPoint? ReadPath(ReadOnlySpan<byte> path)
+    {
+        int end = path[1..].IndexOf((byte)0); // the first byte of an abstract name is 0
+        string name = Encoding.UTF8.GetString(end < 0 ? path : path[..(end + 1)]);
+        return name is "\0" || Encoding.UTF8.GetByteCount(name) > Address.LongestPath ? null : new(name);
+    }
+
+    /// <summary>TLVs are passed over, but a checksum must be right.</summary>
+    private static string? CheckExtensions(ReadOnlySpan<byte> header, int at)
+    {
+        while (at < header.Length)
+        {
+            int value = at + 3;
+            int end = value <= header.Length ? value + BinaryPrimitives.ReadUInt16BigEndian(header[(at + 1)..]) : int.MaxValue;
+            if (end > header.Length)
+            {
+                return "PROXY header with a cut extension";
+            }
+
+            if (header[at] == ChecksumType
+                && (end != value + 4 || BinaryPrimitives.ReadUInt32BigEndian(header[value..]) != Checksum(header, value)))
+            {
+                return "PROXY header with a wrong checksum";
+            }
+
+            at = end;
+        }
+
+        return null;
+    }
+
+    /// <summary>CRC-32C with the four bytes of the checksum itself taken as 0.</summary>
+    private static uint Checksum(ReadOnlySpan<byte> header, int field)
+    {
+        uint crc = uint.MaxValue;
+        for (int i = 0; i < header.Length; i++)
+        {
+            crc = BitOperations.Crc32C(crc, i >= field && i < field + 4 ? (byte)0 : header[i]);
+        }
+
+        return ~crc;
+    }
+
+    /// <summary>Writes a header of <see cref="LongestWritten"/> bytes at most and returns its length. Without addresses it
+    /// is one that speaks for nobody, as a health check wants it: LOCAL, in version 1 UNKNOWN. As HAProxy does, addresses
+    /// of two families are both written as IPv6, in version 1 as UNKNOWN.</summary>
+    internal static int Write(Span<byte> to, ProxyVersion version, EndPoint? source, EndPoint? destination)
+    {
+        (IPAddress? from, IPAddress? at) = (Plain(source), Plain(destination));
+        (int fromPort, int atPort) = ((source as IPEndPoint)?.Port ?? 0, (destination as IPEndPoint)?.Port ?? 0);
+        bool isIp = from is not null && at is not null;
+        bool isSame = isIp && from!.AddressFamily == at!.AddressFamily;
+        bool isV4 = isSame && from!.AddressFamily == AddressFamily.InterNetwork;
+        if (version == ProxyVersion.V1)
+        {
+            return Encoding.UTF8.GetBytes(!isSame ? "PROXY UNKNOWN\r\n"
+                : $"PROXY {(isV4 ? "TCP4" : "TCP6")} {from} {at} {Text.Of(fromPort)} {Text.Of(atPort)}\r\n", to);
+        }
+
+        bool isUnix = source is UnixDomainSocketEndPoint && destination is UnixDomainSocketEndPoint;
+        int size = isV4 ? Tcp4Size : isIp ? Tcp6Size : isUnix ? UnixSize : 0;
+        Span<byte> addresses = to.Slice(Fixed, size);
+        addresses.Clear();
+        SignatureV2.CopyTo(to);
+        to[12] = source is null ? (byte)Local : (byte)Proxied;
+        to[13] = isV4 ? (byte)Tcp4 : isIp ? (byte)Tcp6 : isUnix ? (byte)UnixStream : (byte)0;
+        BinaryPrimitives.WriteUInt16BigEndian(to[14..], (ushort)size);
+        if (isIp)
+        {
+            _ = (isV4 ? from! : from!.MapToIPv6()).TryWriteBytes(addresses, out int half);
+            _ = (isV4 ? at! : at!.MapToIPv6()).TryWriteBytes(addresses[half..], out _);
+            BinaryPrimitives.WriteUInt16BigEndian(addresses[^4..], (ushort)fromPort);
+            BinaryPrimitives.WriteUInt16BigEndian(addresses[^2..], (ushort)atPort);
+        }
+        else if (isUnix)
+        {
+            WritePath(source!, addresses[..UnixPath]);
+            WritePath(destination!, addresses[UnixPath..]);
+        }
+
+        return Fixed + size;
+
+        static IPAddress? Plain(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: IPAddress address } ? null
+            : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes()); // without a scope
+
+        static void WritePath(EndPoint endPoint, Span<byte> to)
+        {
+            const int Family = 2; // bytes before the path of a sockaddr_un
+            SocketAddress address = endPoint.Serialize();
+            address.Buffer.Span[Family..Math.Min(address.Size, Family + to.Length)].CopyTo(to);
+        }
+    }
+}
+
+/// <summary>A TLS server name, as asked for (RFC 6066, 3) or, perhaps with *. in front, as configured.</summary>
+internal static class ServerName
+{
+    private const int Handshake = 22; // RFC 8446, 5.1: the type of a record
+    private const int RecordHeader = 5; // bytes: type, version, length
+    private const int LongestRecord = 1 << 14;
+    private const int ClientHello = 1; // RFC 8446, 4: the type of a message
+    private const int MessageHeader = 4; // bytes: type, length
+
+    /// <summary>Finds it in a ClientHello, which may be spread over any number of records; null without one.</summary>
+    internal static int Parse(ReadOnlySpan<byte> bytes, out string? name, out string? wrong)
+    {
+        name = null;
+        byte[] message = ArrayPool<byte>.Shared.Rent(bytes.Length);
+        try
+        {
+            int taken = Gather(bytes, message, out int length, out wrong);
+            if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
+            {
+                (taken, wrong) = (0, "a malformed TLS hello");
+            }
+
+            return taken;
+        }
+        finally
+        {
+            ArrayPool<byte>.Shared.Return(message);
+        }
+    }
+
+    /// <summary>The first message out of the records that carry it.</summary>
+    private static int Gather(ReadOnlySpan<byte> bytes, Span<byte> message, out int length, out string? wrong)
+    {
+        (length, wrong) = (0, null);
+        int gathered = 0;
+        while (!bytes.IsEmpty)
+        {
+            int size = bytes.Length < RecordHeader ? 1 : BinaryPrimitives.ReadUInt16BigEndian(bytes[3..]);
+            int end = Math.Min(bytes.Length, RecordHeader + size);
+            ReadOnlySpan<byte> part = bytes[Math.Min(end, RecordHeader)..end];
+            part.CopyTo(message[gathered..]);
+            gathered += part.Length;
+            if (bytes[0] != Handshake || (bytes.Length > 1 && bytes[1] != 3) || size is 0 or > LongestRecord
+                || (gathered > 0 && message[0] != ClientHello))
+            {
+                wrong = "no TLS hello";
+                return 0;
+            }
+
+            bytes = bytes[end..];
+            length = gathered < MessageHeader ? 0 : (int)(BinaryPrimitives.ReadUInt32BigEndian(message) & 0xffffff);
+            if (gathered >= MessageHeader && gathered >= MessageHeader + length)
+            {
+                return gathered;
+            }
+        }
+
+        return 0;
+    }
+
+    /// <summary>RFC 8446, 4.1.2. False when it is malformed.</summary>
+    private static bool Find(ReadOnlySpan<byte> hello, ref string? name)
+    {
+        const int VersionAndRandom = 34; // bytes
+        if (hello.Length < VersionAndRandom || hello[0] != 3)
+        {
+            return false;
+        }
+
+        ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
+        bool isGood = Take(ref rest, 1, out _) && Take(ref rest, 2, out _) && Take(ref rest, 1, out _); // session, ciphers, ...
+        ReadOnlySpan<byte> extensions = default;
+        isGood = isGood && (rest.IsEmpty || Take(ref rest, 2, out extensions)); // TLS 1.2 may do without
+        while (isGood && extensions.Length > 0)
+        {
+            bool isName = extensions.StartsWith((ReadOnlySpan<byte>)[0, 0]);
+            isGood = Take(ref extensions, 2, out ReadOnlySpan<byte> extension, skip: 2);
+            if (isGood && isName)
+            {
+                // a list of one name, of the one type that there is: 0
+                return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
+                    && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
+                    && (name = Read(Encoding.UTF8.GetString(host))) is not null;
+            }
+        }
+
+        return isGood;
+    }
+
+    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> others, off the front.</summary>
+    private static bool Take(scoped ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
+    {
+        int start = skip + prefix;
+        int length = rest.Length < start ? int.MaxValue
+            : prefix == 1 ? rest[skip] : BinaryPrimitives.ReadUInt16BigEndian(rest[skip..]);
+        bool isThere = length <= rest.Length - start;
+        vector = isThere ? rest.Slice(start, length) : default;
+        rest = isThere ? rest[(start + length)..] : rest;
+        return isThere;
+    }
+
+    /// <summary>In lower case; null when it is none.</summary>
+    private static string? Read(string name)
+    {
+        const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
+        bool isName = name.Length is > 0 and <= Longest && name[0] != '.' && name[^1] != '.'
+            && !name.Contains("..", StringComparison.Ordinal);
+        char[] letters = name.ToCharArray();
+        for (int i = 0; i < letters.Length; i++)
+        {
+            isName &= char.IsAsciiLetterOrDigit(letters[i]) || letters[i] is '-' or '.' or '_';
+            letters[i] |= char.IsAsciiLetterUpper(letters[i]) ? ' ' : '\0';
+        }
+
+        return isName ? new string(letters) : null;
+    }
+
+    /// <summary>NAME[,NAME...], each of which may be *.NAME.</summary>
+    /// <exception cref="FormatException">one is no name</exception>
+    internal static string[] ParseList(string text) => Array.ConvertAll(text.Split(','), word =>
+        word.StartsWith("*.", StringComparison.Ordinal) && Read(word[2..]) is { } parent ? $"*.{parent}"
+        : Read(word) ?? throw new FormatException($"'{word}' is not a server name; write www.example.com or *.example.com"));
+}
+
+internal sealed class PrereadSettings
+{
+    private const string Unix = "unix";
+
+    private IPNetwork[] _senders = [];
+    private bool _isFromUnix;
+
+    internal TimeSpan Timeout { get; set; } // zero = off
+    internal bool HasSenders => _isFromUnix || _senders.Length > 0;
+
+    internal PrereadSettings Clone() => (PrereadSettings)MemberwiseClone();
+
+    /// <summary>Who must send a PROXY header: CIDR[,CIDR...], where unix stands for whoever comes by a unix socket.</summary>
+    /// <exception cref="FormatException">one is no network</exception>
+    internal void AcceptProxy(string text)
+    {
+        string[] words = text == "off" ? [] : text.Split(',');
+        _isFromUnix = Array.IndexOf(words, Unix) >= 0;
+        _senders = Array.ConvertAll(Array.FindAll(words, word => word != Unix), Network.Parse);
+    }
+
+    internal bool IsSender(EndPoint? client) => client is not IPEndPoint ip ? _isFromUnix
+        : Array.Exists(_senders, network => Network.Has(network, ip.Address));
+}
+
+/// <summary>Why it went no further: HAProxy's two letters, and words.</summary>
+internal sealed class Refusal(string code, string words)
+{
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+}
+
+/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
+internal sealed class Patience : Watched, IDisposable
+{
+    private readonly Socket _socket; // not owned, but closed when it is over
+    private readonly long _deadline;
+    private readonly string _late; // HAProxy's letters of the two
+    private readonly string _stopped;
+    private string? _end; // one of them, or "" when it came in time: whoever is first
+
+    internal Patience(Socket socket, TimeSpan time, string late, string stopped)
+    {
+        (_socket, _late, _stopped) = (socket, late, stopped);
+        _deadline = time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
+        Sweep.Add(this);
+    }
+
+    public void Dispose() => Sweep.Remove(this);
+
+    /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
+    /// closed before.</summary>
+    internal Refusal? End(Refusal? refusal, string lateWords) =>
+        Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
+        : new Refusal(end, end == _late ? lateWords : "shutdown");
+
+    internal override bool Check(long now)
+    {
+        if (now >= _deadline)
+        {
+            Close(_late);
+        }
+
+        return true;
+    }
+
+    internal override void Stop() => Close(_stopped);
+
+    private void Close(string end)
+    {
+        if (Interlocked.CompareExchange(ref _end, end, null) is null)
+        {
+            _socket.Close(0); // a reset, which also makes the pending receive or send end
+        }
+    }
+}
+
+/// <summary>What a client sent before its bridge: read, understood, and sent on behind a header of our own.</summary>
+internal sealed class FirstBytes : IDisposable
+{
+    private const int Least = 2 << 10; // bytes of the buffer: most hellos fit
+    private const int Most = 32 << 10;
+
+    private byte[] _buffer = []; // rented; disposed by Dispose
+    private int _start = ProxyHeader.LongestWritten; // of what is to be sent on; room for a header is kept in front of it
+    private int _end = ProxyHeader.LongestWritten;
+    private string? _name;
+    private string? _wrong; // why there is no name
+
+    /// <summary>The client that a PROXY header named, and where it had connected to.</summary>
+    internal EndPoint? Source { get; private set; }
+    internal EndPoint? Destination { get; set; }
+
+    /// <summary>The TLS server that the client asks for; null when it asks for none.</summary>
+    internal string? Name => _name;
+    internal string Whom => _name ?? $"a client with {_wrong ?? "no TLS server name"}";
+
+    /// <summary>What the client sent beyond a PROXY header.</summary>
+    internal int Length => _end - _start;
+
+    public void Dispose()
+    {
+        if (_buffer.Length > 0)
+        {
+            ArrayPool<byte>.Shared.Return(_buffer);
+            _buffer = [];
+        }
+    }
+
+    /// <summary>Null when all that was asked for has come.</summary>
+    internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
+    {
+        using Patience patience = new(client, time, "cR", "KR");
+        Refusal? refusal;
+        try
+        {
+            await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
+            do
+            {
+                Grow();
+                int length = await client.ReceiveAsync(_buffer.AsMemory(_end), SocketFlags.None);
+                _end += length;
+                refusal = Understand(ref isHeader, ref isHello);
+                if (refusal is null && (isHeader || isHello))
+                {
+                    refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
+                        : _end >= Most ? new("PR", $"{What(isHeader)} too long") : null;
+                }
+            }
+            while (refusal is null && (isHeader || isHello));
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            refusal = new("CR", "client reset");
+        }
+
+        return patience.End(refusal, $"no {What(isHeader)} in time");
+    }
+
+    private static string What(bool isHeader) => isHeader ? "PROXY header" : "TLS hello";
+
+    private Refusal? Understand(ref bool isHeader, ref bool isHello)
+    {
+        if (isHeader)
+        {
+            int taken = ProxyHeader.Parse(
+                _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
+            if (wrong is not null)
+            {
+                return new Refusal("PR", wrong);
+            }
+
+            (Source, Destination) = (source, destination);
+            _start += taken;
+            isHeader = taken == 0;
+        }
+
+        if (!isHeader && isHello)
+        {
+            isHello = ServerName.Parse(_buffer.AsSpan(_start, Length), out _name, out _wrong) == 0 && _wrong is null;
+        }
+
+        return null;
+    }
+
+    private void Grow()
+    {
+        if (_end >= _buffer.Length)
+        {
+            byte[] larger = ArrayPool<byte>.Shared.Rent(Math.Max(Least, 2 * _buffer.Length));
+            _buffer.CopyTo(larger, 0);
+            Dispose();
+            _buffer = larger;
+        }
+    }
+
+    /// <summary>Puts a PROXY header of our own in front of what is sent.</summary>
+    internal int Head(ProxyVersion version, EndPoint? source, EndPoint? destination)
+    {
+        Grow();
+        Span<byte> header = stackalloc byte[ProxyHeader.LongestWritten];
+        header = header[..ProxyHeader.Write(header, version, source, destination)];
+        header.CopyTo(_buffer.AsSpan(_start -= header.Length));
+        return header.Length;
+    }
+
+    /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
+    internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
+    {
+        using Patience patience = new(target, time, "sC", "KC");
+        Refusal? refusal = null;
+        try
+        {
+            await target.SendAsync(_buffer.AsMemory(_start, length), SocketFlags.None);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            refusal = new("SD", "upstream reset");
+        }
+
+        return patience.End(refusal, "connect timeout");
+    }
+}
+
+// == 11  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
@@ -2829,7 +3638,7 @@ internal sealed class Log : IDisposable
     }
 }
 
-// == 11  PLATFORM ===================================================================================================
+// == 12  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
 // missing, the portable path serves.
@@ -3421,6 +4230,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 {
     internal const int HighestPort = 65535;
 
+    internal static int LongestPath => OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
+
     internal string Text { get; } = text; // as it was written
     internal AddressKind Kind { get; } = kind;
     internal string Host { get; } = host; // or the path, or the descriptor's number or name; "" = all interfaces
@@ -3518,9 +4329,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
 
     protected static string CheckPath(string path)
     {
-        int longest = OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
-        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= longest ? path
-            : throw new FormatException($"'{path}' is longer than the {longest} bytes of a unix socket's path");
+        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
+            : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
     }
 
     protected static bool IsPorts(string text) =>
@@ -3593,6 +4403,30 @@ internal sealed class UpstreamAddress : Address
         return host.Length > 0 ? new(text, AddressKind.Tcp, host, port, lastPort)
             : throw new FormatException($"'{text}' has no host; for this machine write '{text[1..]}'");
     }
+}
+
+/// <summary>Networks as people write them: 10.0.0.0/8, 2001:db8::/32, or one address. IPv4 within IPv6 is IPv4.</summary>
+internal static class Network
+{
+    /// <exception cref="FormatException">it is no network</exception>
+    internal static IPNetwork Parse(string text)
+    {
+        int slash = text.IndexOf('/', StringComparison.Ordinal);
+        string host = slash < 0 ? text : text[..slash];
+        if (!IPAddress.TryParse(host, out IPAddress? address)
+            || (!host.Contains(':', StringComparison.Ordinal) && host.Split('.').Length != 4))
+        {
+            throw new FormatException($"'{text}' is not a network; write 10.0.0.0/8, 2001:db8::/32 or an address");
+        }
+
+        int bits = address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
+        IPNetwork network = new(address, slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits));
+        return network.BaseAddress.Equals(address) ? network
+            : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
+    }
+
+    internal static bool Has(IPNetwork network, IPAddress address) =>
+        network.Contains(address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : address);
 }
 
 /// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>

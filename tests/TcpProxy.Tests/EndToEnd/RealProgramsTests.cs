@@ -258,7 +258,7 @@ public sealed class RealProgramsTests : EndToEndTest
         File.WriteAllBytes(file, data);
     }
 
-    private static Task WaitForPort(int port) => Wait.Until(
+    internal static Task WaitForPort(int port) => Wait.Until(
         () =>
         {
             using Socket probe = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);

@@ -124,7 +124,7 @@ public sealed class UsageTests : EndToEndTest
         [
             "listen", "upstream", "name", "connect-timeout", "retries", "source", "resolve",
             "max-connections", "max-bytes-up", "max-bytes-down", "max-lifetime", "idle-timeout",
-            "fin-timeout", "keepalive", "log", "log-file", "log-level", "config", "check-config",
+            "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout", "log", "log-file", "log-level", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];

@@ -58,16 +58,16 @@ public sealed class CommandLineTests
     {
         RouteSettings route = One("127.0.0.1", "8080", "example.org", "80", "--idle-timeout", "5m");
         Assert.Equal("127.0.0.1:8080", route.Listen!.Text);
-        Assert.Equal("example.org:80", route.Upstreams.Single().Text);
+        Assert.Equal("example.org:80", route.Upstreams.Single().Address.Text);
         Assert.Equal(TimeSpan.FromMinutes(5), route.Bridge.IdleTimeout);
-        Assert.Equal("[::1]:80", One("::1", "8080", "::1", "80").Upstreams.Single().Text);
+        Assert.Equal("[::1]:80", One("::1", "8080", "::1", "80").Upstreams.Single().Address.Text);
     }
 
     [Fact]
     public void The_short_form_takes_several_upstreams()
     {
         RouteSettings route = One("--retries", "1", ":80", "a:1", "b:2", "unix:/c");
-        Assert.Equal(["a:1", "b:2", "unix:/c"], route.Upstreams.ConvertAll(u => u.Text));
+        Assert.Equal(["a:1", "b:2", "unix:/c"], route.Upstreams.ConvertAll(u => u.Address.Text));
         Assert.Equal(1, route.Connect.Retries);
         Assert.Equal(":80", route.Title);
     }
@@ -82,8 +82,8 @@ public sealed class CommandLineTests
         Settings settings = CommandLine.Parse(
             ["--idle-timeout=1m", "-u", "z:9", "-l", "1", "-u", "a:1", "--idle-timeout", "2m", "-l2", "--name", "two"]);
         Assert.Equal(["1", "two"], settings.Routes.ConvertAll(r => r.Title));
-        Assert.Equal(["z:9", "a:1"], settings.Routes[0].Upstreams.ConvertAll(u => u.Text));
-        Assert.Equal(["z:9"], settings.Routes[1].Upstreams.ConvertAll(u => u.Text));
+        Assert.Equal(["z:9", "a:1"], settings.Routes[0].Upstreams.ConvertAll(u => u.Address.Text));
+        Assert.Equal(["z:9"], settings.Routes[1].Upstreams.ConvertAll(u => u.Address.Text));
         Assert.Equal(TimeSpan.FromMinutes(2), settings.Routes[0].Bridge.IdleTimeout);
         Assert.Equal(TimeSpan.FromMinutes(1), settings.Routes[1].Bridge.IdleTimeout);
     }
@@ -143,7 +143,7 @@ public sealed class CommandLineTests
             Assert.Equal(["1", "the second # one", "3"], settings.Routes.ConvertAll(r => r.Title));
             Assert.All(settings.Routes, r => Assert.Equal(TimeSpan.FromMinutes(9), r.Bridge.IdleTimeout));
             Assert.All(CommandLine.Parse(["-c", file, "-u", "x:1", "-u", "y:1"]).Routes,
-                r => Assert.Equal(["x:1", "y:1"], r.Upstreams.ConvertAll(u => u.Text)));
+                r => Assert.Equal(["x:1", "y:1"], r.Upstreams.ConvertAll(u => u.Address.Text)));
             Assert.Equal([7, 7, 8], settings.Routes.ConvertAll(r => (int)r.Bridge.FinTimeout.TotalSeconds));
         }
         finally

@@ -70,7 +70,7 @@ public sealed class UpstreamTests
 
     private static UpstreamPool Pool(params string[] addresses)
     {
-        List<UpstreamAddress> parsed = [.. addresses.Select(UpstreamAddress.Parse)];
+        List<UpstreamSettings> parsed = [.. addresses.Select(UpstreamSettings.Parse)];
         return new UpstreamPool(parsed, new ConnectSettings(), "", new Log(new LogSettings { Format = LogFormat.Off }));
     }
 }
