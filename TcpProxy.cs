@@ -1522,7 +1522,7 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     /// <exception cref="FormatException">it is none</exception>
     internal static UpstreamSettings Parse(string text)
     {
-        string[] words = text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries);
+        string[] words = text.Replace('\t', ' ').Split(' ', StringSplitOptions.RemoveEmptyEntries);
         int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne) : Math.Min(1, words.Length);
         string address = first < 0 ? text : string.Join(' ', words, 0, first);
         UpstreamSettings settings = new(UpstreamAddress.Parse(address));

@@ -94,7 +94,7 @@ public sealed class ConnectTests : EndToEndTest
     {
         Names names = await Names.SilentServer(Given, "127.0.0.1 localhost");
         Upstream upstream = Given.Echo();
-        List<string> words = ["--connect-timeout", "20s", "-l", "127.0.0.1:0", "-u", upstream.Address];
+        List<string> words = ["--connect-timeout", "10s", "-l", "127.0.0.1:0", "-u", upstream.Address];
         for (int i = 0; i < 40; i++)
         {
             words.AddRange(["-l", "127.0.0.1:0", "-u", $"slow{i}.example:80"]);
