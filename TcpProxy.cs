@@ -21,9 +21,9 @@
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
 //   (2) Admission says yes or no: is there room for one more connection? Then, in a route that asks for it, a PROXY
 //       header tells who the client is, and a TLS hello whom it wants.
-//   (3) The pool of the route picks the server with the fewest connections.
-//   (4) Its name is resolved, its addresses are dialled in turn and in time; if none answers, the next server. It gets
-//       a PROXY header if the route sends one, and the bytes that were read in (2).
+//   (3) Names are resolved, and one of the servers that are up is picked as --balance says; where all are full, one waits.
+//   (4) It is dialled, in time; if it does not answer, the next one is, and the client does not notice. It gets a PROXY
+//       header if the route sends one, and the bytes that were read in (2).
 //   (5) A Bridge owns both sockets. Two Pumps copy, one a direction, each with at most one buffer.
 //   (6) A Pump that waits holds no buffer; a Pump that cannot send does not receive: that is all of backpressure.
 //       A stream is left to the kernel, which moves it from socket to socket without copying.
@@ -67,7 +67,7 @@
 //    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
 //    5 ADMISSION   limits on the number of connections
-//    6 UPSTREAMS   pool of servers, choice, retry
+//    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
 //    9 PUMP        one direction: receive, send; the buffer
@@ -199,10 +199,10 @@ internal sealed class Option(
             + "--listen are defaults for every route.",
             (_, r, v) => r.Listen = ListenAddress.Parse(v)),
         new("upstream", 'u', "ADDR", "route", Scope.Route, "",
-            "Relay them to ADDR. Given several times: to one of them, as --balance says. Settings may follow: "
-            + "weight=N is its share among the others (1; 0 to 256, 0 = no new connections), backup keeps it for the time "
-            + "when no other can be used, max-connections=N bounds it (off), slow-start=TIME is how long its share grows "
-            + "after a failure (10s), name=TEXT stands for its address in the choice of --balance source and in the log.",
+            "Relay them to ADDR; of several, and of the addresses of a name, to the one that --balance picks. Settings may "
+            + "follow: weight=N is its share (1; 0 to 256, 0 = no new connections), backup keeps it for when no other can "
+            + "take one, max-connections=N bounds it (off), slow-start=TIME is how long its share grows when it is back "
+            + "after a failure (10s), name=TEXT is what the log and --balance source call it (as it is written).",
             (_, r, v) => r.Add(UpstreamSettings.Parse(v))),
         new("sni", '\0', "NAME[,NAME...]", "route", Scope.Route, "",
             "The upstreams that follow serve the TLS clients that ask for NAME. *.example.com stands for all names below "
@@ -213,11 +213,20 @@ internal sealed class Option(
             "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
             (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
 
+        new("balance", '\0', "POLICY", "balance", Scope.Route, "leastconn",
+            "Pick servers by POLICY, in proportion to their weights. leastconn: the one with the fewest connections, "
+            + "roundrobin: each in turn, random: the better of two draws, source: always the same for a client's address "
+            + "(Maglev; on every proxy with the same upstreams), first: the first that has room for one more.",
+            (_, r, v) => r.Pool.Policy = (Policy)Text.ParseWord(
+                v, "policy", "leastconn", "roundrobin", "random", "source", "first")),
+
         new("connect-timeout", '\0', "TIME", "connect", Scope.Route, "5s",
-            "Give up a server that does not answer within TIME.",
+            "Give up a server that does not answer within TIME, the look-up of its name included. With --retries a client "
+            + "waits for up to 1 + N times as long.",
             (_, r, v) => r.Connect.Timeout = Units.ParseTime(v)),
         new("retries", '\0', "N", "connect", Scope.Route, "3",
-            "After a failed connect, try up to N other servers of the route.",
+            "After a failed connect, try up to N other servers of the route. The other addresses of a name do not count: "
+            + "they are all tried, and are dialled beside one that has not answered within 250 ms.",
             (_, r, v) => r.Connect.Retries = Units.ParseCount(v)),
         new("source", '\0', "ADDR", "connect", Scope.Route, "",
             "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached.",
@@ -231,10 +240,40 @@ internal sealed class Option(
             + "TIME has passed or its addresses fail; while it does not resolve, the last known addresses serve.",
             (_, r, v) => r.Connect.Resolve = Units.ParseTime(v)),
 
+        new("max-fails", '\0', "N", "health", Scope.Route, "3",
+            "Take a server for down after N failed connects, none later than --fail-timeout after the one before. When "
+            + "all are down, all are tried. A lone server is never taken for down.",
+            (_, r, v) => r.Pool.MaxFails = Units.ParseCount(v)),
+        new("fail-timeout", '\0', "TIME", "health", Scope.Route, "10s",
+            "Leave a server that is down alone for TIME; then one client tries it, and the others when that went well.",
+            (_, r, v) => r.Pool.FailTimeout = Units.ParseTime(v)),
+        new("check", '\0', "TIME", "health", Scope.Route, "off",
+            "Connect to each server every TIME (10 % more or less) to see whether it is up.",
+            (_, r, v) => r.Pool.Check = Units.ParseTime(v)),
+        new("check-rise", '\0', "N", "health", Scope.Route, "2",
+            "A server is up again after N checks in a row that went well.",
+            (_, r, v) => r.Pool.CheckRise = Units.ParseCount(v, least: 1)),
+        new("check-fall", '\0', "N", "health", Scope.Route, "3",
+            "A server is down after N checks in a row that did not.",
+            (_, r, v) => r.Pool.CheckFall = Units.ParseCount(v, least: 1)),
+        new("check-send", '\0', "TEXT", "health", Scope.Route, "",
+            "A check sends TEXT. \\n \\r \\t \\\\ and \\xNN stand for bytes.",
+            (_, r, v) => r.Pool.CheckSend = Text.Unescape(v)),
+        new("check-expect", '\0', "TEXT", "health", Scope.Route, "",
+            "A check goes well only if TEXT is in the first 16k of the answer. Escapes as in --check-send.",
+            (_, r, v) => r.Pool.CheckExpect = Text.Unescape(v)),
+
         new("max-connections", '\0', "N", "limits", Scope.Route, "off",
             "Close at once what comes beyond N connections. Before the first --listen it also bounds the sum over "
             + "all routes.",
             (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
+        new("queue", '\0', "N", "limits", Scope.Route, "0",
+            "When every server has its max-connections, let up to N clients wait in order. Beyond that they are closed at "
+            + "once.",
+            (_, r, v) => r.Pool.Queue = Units.ParseCount(v)),
+        new("queue-timeout", '\0', "TIME", "limits", Scope.Route, "5s",
+            "Close a client that has waited for TIME.",
+            (_, r, v) => r.Pool.QueueTimeout = Units.ParseTime(v)),
         new("max-bytes-up", '\0', "SIZE", "limits", Scope.Route, "off",
             "End a connection when exactly SIZE bytes have passed from the client.",
             (_, r, v) => r.Bridge.MaxBytesUp = Units.ParseSize(v)),
@@ -824,6 +863,7 @@ internal sealed class RouteSettings
     internal ListenAddress? Listen { get; set; }
     internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
+    internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
     internal PrereadSettings Preread { get; private set; } = new();
@@ -835,6 +875,7 @@ internal sealed class RouteSettings
     {
         RouteSettings copy = (RouteSettings)MemberwiseClone();
         copy.Upstreams = [.. Upstreams];
+        copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
         copy.Preread = Preread.Clone();
@@ -914,7 +955,9 @@ internal sealed class Route
             UpstreamPool? known = group.Length == 0 ? Pool : _named.GetValueOrDefault(Key(upstream.ServerNames![0]));
             if (known is null)
             {
-                UpstreamPool pool = new(settings.Upstreams.FindAll(one => Group(one) == group), settings.Connect, Title, log);
+                UpstreamPool pool = new(
+                    settings.Upstreams.FindAll(one => Group(one) == group), settings.Pool, settings.Connect, Title, log);
+                Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
             }
@@ -931,6 +974,7 @@ internal sealed class Route
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
+    internal List<UpstreamPool> Pools { get; } = [];
     internal UpstreamPool? Pool { get; } // for those whom no --sni names
     internal bool NeedsName { get; }
 
@@ -957,6 +1001,7 @@ internal sealed class Proxy
     private readonly Settings _settings;
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly List<UpstreamPool> _pools = [];
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -982,6 +1027,7 @@ internal sealed class Proxy
             Bind();
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
+            _pools.ForEach(pool => pool.StartChecks());
             await _stopping.Task;
             await DrainAsync();
         }
@@ -1024,8 +1070,10 @@ internal sealed class Proxy
         foreach (RouteSettings settings in _settings.Routes)
         {
             Route route = new(settings, processLimit, _log);
+            _pools.AddRange(route.Pools);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
+            bounds.AddRange(settings.Pool.Check, settings.Pool.Queue > 0 ? settings.Pool.QueueTimeout : TimeSpan.Zero);
             bounds.AddRange(settings.Connect.Timeout, route.IsPlain ? TimeSpan.Zero : settings.Preread.Timeout,
                 bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
                 bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero);
@@ -1071,6 +1119,7 @@ internal sealed class Proxy
     private async Task DrainAsync()
     {
         StopAccepting();
+        _pools.ForEach(pool => pool.StopChecks());
         if (!_settings.Once)
         {
             _log.Count(LogLevel.Info, "draining", "connections", Volatile.Read(ref _serving) - 1);
@@ -1144,8 +1193,9 @@ internal sealed class Proxy
                 return;
             }
 
-            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync(portIndex, line.Client, client); // (3) (4)
-            line.Target = connection.Upstream.Address.Text;
+            Socket? waiting = first is { Length: > 0 } ? null : client; // who has said something may finish and wait
+            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync(portIndex, line.Client, waiting); // (3) (4)
+            line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
             {
@@ -1155,14 +1205,19 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                AddressKind kind = connection.Upstream.Address.Kind;
-                Bridge bridge = new(client, connection.Socket, kind, route.Settings.Bridge, line.BytesUp); // (5)
+                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, line.BytesUp); // (5)
                 _ = RelayAsync(route, connection, bridge, line);
+                return;
+            }
+
+            connection.Socket?.Close(0);
+            connection.Release();
+            if (reason.IsOrderly)
+            {
+                client.Dispose();
             }
             else
             {
-                connection.Socket?.Close(0);
-                connection.Release();
                 client.Close(0); // a reset: the client must not take this for an empty answer
             }
         }
@@ -1215,7 +1270,7 @@ internal sealed class Proxy
     private static async ValueTask<CloseReason?> SendFirstAsync(
         Route route, Socket client, ConnectionLine line, FirstBytes first, Connection connection)
     {
-        AddressKind kind = connection.Upstream.Address.Kind;
+        AddressKind kind = connection.Upstream!.Kind;
         ConnectSettings settings = route.Settings.Connect;
         long quota = route.Settings.Bridge.QuotaUp(kind);
         int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
@@ -1615,13 +1670,15 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 }
 
 // == 6  UPSTREAMS ===================================================================================================
-// The servers of a route: which one comes next, and which one instead when it does not answer.
+// The servers of a route: which one comes next, which one instead when it does not answer, and who waits when all are full.
+//
+// A server is one upstream, or one of the addresses of its name. It is down after failed connects (until one client has
+// tried it again) or after failed checks (until they go well), and back with a share that grows. Down is an opinion:
+// where nothing else is left, servers that are down are tried.
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
 {
-    private const int MostWeight = 256; // as HAProxy's
-
     private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
 
     internal UpstreamAddress Address { get; } = address;
@@ -1643,12 +1700,13 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     /// <exception cref="FormatException">it is none</exception>
     internal static UpstreamSettings Parse(string text)
     {
-        string[] words = text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries);
+        string[] words = text.Replace('\t', ' ').Split(' ', StringSplitOptions.RemoveEmptyEntries);
         int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne) : Math.Min(1, words.Length);
-        UpstreamSettings settings = new(UpstreamAddress.Parse(first < 0 ? text : string.Join(' ', words[..first])));
-        foreach (string word in first < 0 ? [] : words[first..])
+        string address = first < 0 ? text : string.Join(' ', words, 0, first);
+        UpstreamSettings settings = new(UpstreamAddress.Parse(address));
+        for (int i = first; i >= 0 && i < words.Length; i++)
         {
-            settings.Apply(word);
+            settings.Apply(words[i]);
         }
 
         return settings;
@@ -1668,7 +1726,7 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
         {
             switch (index)
             {
-                case 0: Weight = Units.ParseCount(value, most: MostWeight); break;
+                case 0: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
                 case 1: IsBackup = true; break;
                 case 2: MaxConnections = Units.ParseCount(value); break;
                 case 3: SlowStart = Units.ParseTime(value); break;
@@ -1682,99 +1740,693 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     }
 }
 
-/// <summary>One server of a route, and how many connections it has.</summary>
-internal sealed class Upstream(UpstreamAddress address, ConnectSettings settings, string route, Log log)
+/// <summary>How a server is picked; the words of --balance, in its order.</summary>
+internal enum Policy
 {
-    internal UpstreamAddress Address { get; } = address;
-    internal Resolver Resolver { get; } = new(address.Host, settings.Resolve, route, log);
+    LeastConnections,
+    RoundRobin,
+    Random,
+    Source,
+    First,
+}
+
+internal sealed class PoolSettings
+{
+    internal Policy Policy { get; set; }
+    internal int MaxFails { get; set; } // 0 = off, here and below
+    internal TimeSpan FailTimeout { get; set; }
+    internal TimeSpan Check { get; set; }
+    internal int CheckRise { get; set; } = 1;
+    internal int CheckFall { get; set; } = 1;
+    internal byte[] CheckSend { get; set; } = [];
+    internal byte[] CheckExpect { get; set; } = [];
+    internal int Queue { get; set; }
+    internal TimeSpan QueueTimeout { get; set; }
+
+    internal PoolSettings Clone() => (PoolSettings)MemberwiseClone();
+}
+
+/// <summary>One upstream of a route, and where its addresses come from.</summary>
+internal sealed class Upstream
+{
+    private readonly IPAddress[] _known;
+
+    internal Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
+    {
+        Config = settings;
+        IPAddress[]? known = Kind == AddressKind.Tcp ? Resolver.Known(settings.Address.Host) : [];
+        _known = known ?? [];
+        Resolver = known is null ? new Resolver(settings.Address.Host, connect.Resolve, route, log) : null;
+    }
+
+    internal UpstreamSettings Config { get; }
+    internal AddressKind Kind => Config.Address.Kind;
+    internal string Title => Config.Name ?? Config.Address.Text;
+    internal Resolver? Resolver { get; } // null where nothing needs to be looked up
+    internal IPAddress[] Addresses => Resolver?.Addresses ?? _known;
+}
+
+/// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
+internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets, string title)
+{
     internal int Active; // connections; changed by Interlocked
+
+    internal Balancer Balancer { get; } = balancer;
+    internal Upstream Upstream { get; } = upstream;
+    internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
+    internal string Title { get; set; } = title; // for the log, and for Maglev
+    internal int Weight => Upstream.Config.Weight;
+    internal bool HasRoom => Upstream.Config.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+
+    // the rest is the balancer's, under its gate; times are TickCount64
+    internal int Turn { get; set; } // how much it is due
+    internal int Fails { get; set; }
+    internal long FailedAt { get; set; }
+    internal long DownUntil { get; set; } // after failed connects
+    internal bool IsCheckedDown { get; set; }
+    internal int Contrary { get; set; } // checks in a row that say otherwise
+    internal long BackSince { get; set; } // 0 = its start is over
+
+    internal bool IsUp(long now) => !IsCheckedDown && now >= DownUntil;
+
+    /// <summary>How much of its weight counts, in percent: all of it, or what a slow start allows.</summary>
+    internal int Percent(long now)
+    {
+        double slow = Upstream.Config.SlowStart.TotalMilliseconds;
+        if (BackSince != 0 && now - BackSince >= slow)
+        {
+            BackSince = 0;
+        }
+
+        return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
+    }
+
+    /// <summary>A connection has ended; whoever waits in line has the place.</summary>
+    internal void Leave()
+    {
+        Interlocked.Decrement(ref Active);
+        if (Balancer.Line is { Count: > 0 } line)
+        {
+            line.Serve();
+        }
+    }
 }
 
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream upstream, Socket? socket, EndPoint? server, CloseReason? failure)
+internal readonly struct Connection(Upstream? upstream, Server? server, Dial? dial, CloseReason? failure)
 {
-    internal Upstream Upstream { get; } = upstream;
-    internal Socket? Socket { get; } = socket; // null for the built-in servers
-    internal EndPoint? Server { get; } = server;
+    internal Upstream? Upstream { get; } = upstream; // null: it has not come to one of several
+    internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
+    internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
 
-    internal void Release() => Interlocked.Decrement(ref Upstream.Active);
+    internal void Release() => server?.Leave();
 }
 
+/// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
+/// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
+internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings settings, IPAddress? source, string route, Log log)
+{
+    private readonly Lock _gate = new();
+    private readonly bool _isMarking = settings.MaxFails > 0 && settings.FailTimeout > TimeSpan.Zero;
+    private readonly List<Server> _candidates = []; // of the choice that is being made
+    private Server[] _servers = []; // replaced as a whole
+    private IPAddress[][] _found = []; // what they were made from
+    private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
+    private ulong _random = (ulong)Random.Shared.NextInt64() | 1;
+
+    /// <summary>Where clients wait for room; null where there is no bound.</summary>
+    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.Config.MaxConnections > 0) ? null
+        : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
+
+    internal Server[] Servers => Volatile.Read(ref _servers);
+
+    // ---- the servers
+
+    /// <summary>Takes over what look-ups have found. A server whose address stays keeps its state.</summary>
+    internal void Update()
+    {
+        if (IsCurrent())
+        {
+            return;
+        }
+
+        lock (_gate)
+        {
+            IPAddress[][] found = Array.ConvertAll(upstreams, upstream => upstream.Addresses);
+            List<Server> servers = [];
+            for (int i = 0; i < upstreams.Length; i++)
+            {
+                Add(servers, upstreams[i], found[i]);
+            }
+
+            _table = [];
+            Volatile.Write(ref _servers, [.. servers]);
+            Volatile.Write(ref _found, found);
+        }
+
+        Line?.Serve();
+    }
+
+    private bool IsCurrent()
+    {
+        IPAddress[][] found = Volatile.Read(ref _found);
+        for (int i = 0; i < found.Length; i++)
+        {
+            if (found[i] != upstreams[i].Addresses)
+            {
+                return false;
+            }
+        }
+
+        return found.Length > 0;
+    }
+
+    private void Add(List<Server> servers, Upstream upstream, IPAddress[] addresses)
+    {
+        UpstreamAddress address = upstream.Config.Address;
+        int port = address.PortAt(portIndex);
+        string title = upstream.Config.Name ?? (upstream.Kind == AddressKind.Tcp ? $"{address.Host}:{port}" : address.Text);
+        if (upstream.Resolver is null)
+        {
+            EndPoint[] targets = upstream.Kind == AddressKind.Unix ? [new UnixDomainSocketEndPoint(address.Host)]
+                : Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port));
+            Add(targets, addresses.Length == 1 && upstream.Config.Name is null ? targets[0].ToString()! : title);
+            return;
+        }
+
+        bool isUsable = Array.Exists(addresses, ip => ip.AddressFamily == source?.AddressFamily);
+        foreach (IPAddress ip in addresses)
+        {
+            if (!isUsable || ip.AddressFamily == source!.AddressFamily)
+            {
+                IPEndPoint target = new(ip, port);
+                Add([target], addresses.Length == 1 ? title : $"{title}/{target}");
+            }
+        }
+
+        void Add(EndPoint[] targets, string title)
+        {
+            Server server = Array.Find(_servers, server => server.Upstream == upstream
+                && (targets.Length == 0 || server.Targets[0].Equals(targets[0]))) ?? new Server(this, upstream, targets, title);
+            server.Title = title;
+            if (!servers.Contains(server))
+            {
+                servers.Add(server);
+            }
+        }
+    }
+
+    // ---- the choice
+
+    /// <summary>A place at the server that the policy picks of those not tried. Null when there is none, or no room.</summary>
+    internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
+    {
+        isFull = false;
+        if (Servers is [{ Upstream.Config: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        {
+            Interlocked.Increment(ref lone.Active);
+            return lone;
+        }
+
+        lock (_gate)
+        {
+            FindCandidates(tried, now, out isFull);
+            Server? server = _candidates.Count > 0 ? Pick(client, now) : null;
+            if (server is not null)
+            {
+                Interlocked.Increment(ref server.Active);
+                if (IsMarked(server) && now >= server.DownUntil)
+                {
+                    server.DownUntil = now + (long)settings.FailTimeout.TotalMilliseconds; // this client tries it for all
+                }
+            }
+
+            return server;
+        }
+    }
+
+    /// <summary>The best there are: servers that are up; where those are down or full, backups (nginx's meaning); where none
+    /// of them is up, full or not, those that are down.</summary>
+    private void FindCandidates(List<Server>? tried, long now, out bool isFull)
+    {
+        const int Down = 2;
+        int best = int.MaxValue;
+        int bestFull = int.MaxValue;
+        _candidates.Clear();
+        foreach (Server server in _servers)
+        {
+            if (server.Weight == 0 || tried?.Contains(server) == true)
+            {
+                continue;
+            }
+
+            int rank = !server.IsUp(now) ? Down : server.Upstream.Config.IsBackup ? 1 : 0;
+            if (!server.HasRoom)
+            {
+                bestFull = Math.Min(rank, bestFull);
+            }
+            else if (rank <= best)
+            {
+                if (rank < best)
+                {
+                    _candidates.Clear();
+                }
+
+                _candidates.Add(server);
+                best = rank;
+            }
+        }
+
+        isFull = bestFull < int.MaxValue;
+        if (best == Down && bestFull < Down)
+        {
+            _candidates.Clear();
+        }
+    }
+
+    private Server Pick(ulong client, long now)
+    {
+        switch (settings.Policy)
+        {
+            case Policy.LeastConnections:
+                Server least = _candidates[0];
+                _candidates.ForEach(other => least = IsLess(other, least, now) ? other : least);
+                _candidates.RemoveAll(other => IsLess(least, other, now));
+                return InTurn(now);
+            case Policy.RoundRobin:
+                return InTurn(now);
+            case Policy.Random:
+                (Server first, Server second) = (Draw(now), Draw(now));
+                return IsLess(second, first, now) ? second : first;
+            case Policy.Source:
+                return OfSource(client, now);
+            default:
+                return _candidates[0];
+        }
+    }
+
+    /// <summary>The shares that weight and slow start give, in hundredths of a weight.</summary>
+    private static int Share(Server server, long now) => server.Weight * server.Percent(now);
+
+    private static bool IsLess(Server a, Server b, long now) =>
+        (long)Volatile.Read(ref a.Active) * Share(b, now) < (long)Volatile.Read(ref b.Active) * Share(a, now);
+
+    /// <summary>nginx's smooth weighted order: each gains its share, the one that has most is next and pays for all.</summary>
+    private Server InTurn(long now)
+    {
+        int total = 0;
+        Server next = _candidates[0];
+        foreach (Server server in _candidates)
+        {
+            int share = Share(server, now);
+            total += share;
+            server.Turn += share;
+            next = server.Turn > next.Turn ? server : next;
+        }
+
+        next.Turn -= total;
+        return next;
+    }
+
+    private Server Draw(long now)
+    {
+        int total = 0;
+        _candidates.ForEach(server => total += Share(server, now));
+        _random ^= _random << 13; // xorshift64 (Marsaglia)
+        _random ^= _random >> 7;
+        _random ^= _random << 17;
+        int draw = (int)(_random % (ulong)total);
+        return _candidates.Find(server => (draw -= Share(server, now)) < 0)!;
+    }
+
+    /// <summary>The client's server. While that one cannot take it, another draw decides, which is another one for each of its
+    /// clients; in its slow start it gets back only so many of them.</summary>
+    private Server OfSource(ulong client, long now)
+    {
+        _table = _table.Length > 0 ? _table : Maglev.Table(
+            Array.ConvertAll(_servers, server => server.Title), Array.ConvertAll(_servers, server => server.Weight));
+        int most = 0;
+        _candidates.ForEach(server => most = Math.Max(most, server.Percent(now)));
+        ulong draw = client;
+        for (int i = 0; i < Maglev.Size; i++, draw = Maglev.Mix(draw + 1))
+        {
+            Server server = _servers[_table[draw % Maglev.Size]];
+            if (_candidates.Contains(server) && (int)((client >> 32) % (ulong)most) < server.Percent(now))
+            {
+                return server;
+            }
+        }
+
+        return _candidates[0];
+    }
+
+    /// <summary>The server and, in the order in which RFC 8305 has them tried beside it, those of the other addresses of its
+    /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
+    internal Server[]? Racers(Server server, List<Server>? tried, long now)
+    {
+        if (server.Upstream.Resolver is not { Addresses.Length: > 1 } || server.Upstream.Config.MaxConnections > 0)
+        {
+            return null;
+        }
+
+        List<Server> others = [server];
+        lock (_gate)
+        {
+            others.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
+                && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
+        }
+
+        IPAddress[] order = Resolver.Interleave([.. others.ConvertAll(AddressOf)]);
+        return Array.ConvertAll(order, address => others.Find(other => AddressOf(other).Equals(address))!);
+
+        static IPAddress AddressOf(Server server) => ((IPEndPoint)server.Targets[0]).Address;
+    }
+
+    // ---- up and down
+
+    /// <summary>A connect has ended, well or not.</summary>
+    internal void Dialled(Server server, CloseReason? failure, long now)
+    {
+        if (failure is null ? server.Fails == 0 : !failure.IsWorthRetry || !_isMarking || Servers.Length == 1)
+        {
+            return;
+        }
+
+        bool isNews;
+        lock (_gate)
+        {
+            bool wasMarked = IsMarked(server);
+            if (failure is null ? wasMarked : !wasMarked && now - server.FailedAt > settings.FailTimeout.TotalMilliseconds)
+            {
+                server.Fails = 0;
+            }
+
+            if (failure is null)
+            {
+                server.DownUntil = 0;
+                server.BackSince = wasMarked && Servers.Length > 1 ? now : server.BackSince;
+            }
+            else
+            {
+                server.Fails++;
+                server.FailedAt = now;
+                server.DownUntil = IsMarked(server) ? now + (long)settings.FailTimeout.TotalMilliseconds : 0;
+            }
+
+            isNews = wasMarked != IsMarked(server);
+        }
+
+        if (isNews)
+        {
+            log.ServerState(route, server.Title, failure is null, failure is null ? "connected" : failure.Words);
+        }
+    }
+
+    /// <summary>A check has ended, well or not.</summary>
+    internal void Checked(Server server, string? failure, long now)
+    {
+        bool isDown = failure is not null;
+        lock (_gate)
+        {
+            server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
+            if (server.Contrary < (isDown ? settings.CheckFall : settings.CheckRise) || server.Contrary == 0)
+            {
+                return;
+            }
+
+            server.Contrary = 0;
+            server.IsCheckedDown = isDown;
+            server.BackSince = isDown || Servers.Length == 1 ? 0 : now;
+        }
+
+        log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
+    }
+
+    private bool IsMarked(Server server) => _isMarking && server.Fails >= settings.MaxFails;
+}
+
+/// <summary>Consistent hashing (Eisenbud et al., Maglev, NSDI 2016, 3.4): each server goes through the table in an order of
+/// its own and takes what is free, in turn with the others, as often as its weight says. What a table holds depends on the
+/// titles and weights alone, and a server more or less leaves the places of the others almost as they were. That takes one
+/// size for any number of servers.</summary>
+internal static class Maglev
+{
+    internal const int Size = 65537; // prime, and a hundred times as many as servers
+
+    /// <summary>The server of each place, as an index into <paramref name="titles"/>.</summary>
+    internal static ushort[] Table(string[] titles, int[] weights)
+    {
+        const ushort Free = ushort.MaxValue;
+        ushort[] table = new ushort[Size];
+        Array.Fill(table, Free);
+        int[] order = new int[titles.Length];
+        uint[] next = new uint[titles.Length];
+        uint[] step = new uint[titles.Length];
+        int heaviest = 0;
+        for (int i = 0; i < titles.Length; i++)
+        {
+            ulong hash = Hash(Encoding.UTF8.GetBytes(titles[i]));
+            (order[i], next[i], step[i]) = (i, (uint)hash % Size, ((uint)(hash >> 32) % (Size - 1)) + 1);
+            heaviest = Math.Max(heaviest, weights[i]);
+        }
+
+        Array.Sort(order, (a, b) => string.CompareOrdinal(titles[a], titles[b]));
+        for (int round = 1, taken = 0; ; round++)
+        {
+            foreach (int i in order)
+            {
+                if ((long)round * weights[i] / heaviest == (round - 1L) * weights[i] / heaviest)
+                {
+                    continue; // a light one's turn does not come in each round
+                }
+
+                while (table[next[i]] != Free)
+                {
+                    next[i] = (next[i] + step[i]) % Size;
+                }
+
+                table[next[i]] = (ushort)i;
+                if (++taken == Size)
+                {
+                    return table;
+                }
+            }
+        }
+    }
+
+    /// <summary>FNV-1a: the same in every process.</summary>
+    internal static ulong Hash(ReadOnlySpan<byte> bytes)
+    {
+        ulong hash = 14695981039346656037;
+        foreach (byte b in bytes)
+        {
+            hash = (hash ^ b) * 1099511628211;
+        }
+
+        return Mix(hash);
+    }
+
+    /// <summary>MurmurHash3's last step: numbers that are near each other end up far apart.</summary>
+    internal static ulong Mix(ulong hash)
+    {
+        hash = (hash ^ (hash >> 33)) * 0xff51afd7ed558ccd;
+        hash = (hash ^ (hash >> 33)) * 0xc4ceb9fe1a85ec53;
+        return hash ^ (hash >> 33);
+    }
+
+    /// <summary>Of a client: its address without the port, IPv4 however it is written; one for all of a unix socket.</summary>
+    internal static ulong Hash(EndPoint? client)
+    {
+        Span<byte> bytes = stackalloc byte[16];
+        int length = 0;
+        if (client is IPEndPoint { Address: var address })
+        {
+            (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : address).TryWriteBytes(bytes, out length);
+        }
+
+        return Hash(bytes[..length]);
+    }
+}
+
+/// <summary>Those who wait for room, in order. Whoever leaves a place calls <see cref="Serve"/>.</summary>
+internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
+{
+    private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
+    private int _count;
+
+    internal TimeSpan Patience { get; } = patience;
+    internal int Count => Volatile.Read(ref _count);
+
+    /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
+    /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One who
+    /// <paramref name="isPicky"/> does not hold up those behind.</summary>
+    internal Task<CloseReason?> EnterAsync(Func<bool> tryEnter, Socket? client, bool isPicky = false)
+    {
+        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64);
+        Add(waiter);
+        return waiter.Outcome.Task;
+    }
+
+    internal void Add(Waiter waiter)
+    {
+        lock (_waiters)
+        {
+            if (_count >= most)
+            {
+                waiter.Outcome.SetResult(full);
+                return;
+            }
+
+            _waiters.AddLast(waiter.Node);
+            _count++;
+            Sweep.Add(waiter);
+            Serve(); // room that came just before it stood in line
+        }
+    }
+
+    /// <summary>Lets in who can be.</summary>
+    internal void Serve()
+    {
+        lock (_waiters)
+        {
+            for (LinkedListNode<Waiter>? node = _waiters.First; node is not null;)
+            {
+                Waiter waiter = node.Value;
+                node = node.Next;
+                if (waiter.TryEnter())
+                {
+                    Remove(waiter, null);
+                }
+                else if (!waiter.IsPicky)
+                {
+                    return;
+                }
+            }
+        }
+    }
+
+    private void Remove(Waiter waiter, CloseReason? reason)
+    {
+        lock (_waiters)
+        {
+            if (waiter.Node.List is not null)
+            {
+                _waiters.Remove(waiter.Node);
+                _count--;
+                Sweep.Remove(waiter);
+                waiter.Outcome.SetResult(reason);
+            }
+        }
+    }
+
+    internal sealed class Waiter : Watched
+    {
+        private readonly WaitingLine _line;
+        private readonly Socket? _client;
+        private readonly long _since;
+
+        internal Waiter(WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, long now)
+        {
+            (_line, TryEnter, _client, IsPicky, _since) = (line, tryEnter, client, isPicky, now);
+            Node = new LinkedListNode<Waiter>(this);
+        }
+
+        internal Func<bool> TryEnter { get; }
+        internal bool IsPicky { get; }
+        internal LinkedListNode<Waiter> Node { get; }
+        internal TaskCompletionSource<CloseReason?> Outcome { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
+
+        internal override void Stop() => _line.Remove(this, CloseReason.StoppedConnecting);
+
+        internal override bool Check(long now)
+        {
+            if (_line.Patience > TimeSpan.Zero && now - _since >= _line.Patience.TotalMilliseconds)
+            {
+                _line.Remove(this, CloseReason.QueueTimeout);
+            }
+            else if (_client is not null && SocketOptions.HasLeft(_client))
+            {
+                _line.Remove(this, CloseReason.LeftQueue);
+            }
+            else
+            {
+                _line.Serve(); // a server may be back, which nobody says
+            }
+
+            return true;
+        }
+    }
+}
+
+/// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Upstream[] _upstreams;
-    private readonly ConnectSettings _settings;
-    private int _turn;
+    private readonly Resolver[] _resolvers; // of those upstreams that are names
+    private readonly Balancer?[] _balancers; // one, or one a port where ranges are mapped; made when needed
+    private readonly PoolSettings _settings;
+    private readonly ConnectSettings _connect;
+    private readonly string _route;
+    private readonly Log _log;
+    private volatile bool _isChecking;
 
-    internal UpstreamPool(List<UpstreamSettings> upstreams, ConnectSettings settings, string route, Log log)
+    internal UpstreamPool(
+        List<UpstreamSettings> upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
     {
-        _settings = settings;
-        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream.Address, settings, route, log))];
+        (_settings, _connect, _route, _log) = (settings, connect, route, log);
+        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream, connect, route, log))];
+        _resolvers = Array.ConvertAll(Array.FindAll(_upstreams, u => u.Resolver is not null), u => u.Resolver!);
+        int ports = 1;
+        upstreams.ForEach(upstream => ports = Math.Max(ports, upstream.Address.PortCount));
+        _balancers = new Balancer?[ports];
     }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
-    /// <paramref name="from"/> is the client's address as the choice takes it, <paramref name="client"/> its socket, which
-    /// is looked at only to see whether it has left.</summary>
+    /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
+    /// looked at only to see whether it has left.</summary>
     internal async ValueTask<Connection> ConnectAsync(int portIndex, EndPoint? from = null, Socket? client = null)
     {
-        _ = from;
-        _ = client;
-        List<Upstream>? tried = null;
-        while (true)
+        long deadline = _connect.Deadline(); // of the first server, the look-up of its name included
+        if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
         {
-            Upstream upstream = Pick(tried);
-            Interlocked.Increment(ref upstream.Active);
-            Connection connection;
-            try
-            {
-                connection = await ConnectAsync(upstream, portIndex);
-            }
-            catch
-            {
-                Interlocked.Decrement(ref upstream.Active);
-                throw;
-            }
-
-            if (connection.Failure is null || !connection.Failure.IsWorthRetry)
-            {
-                return connection;
-            }
-
-            (tried ??= []).Add(upstream);
-            if (tried.Count > _settings.Retries || tried.Count == _upstreams.Length)
-            {
-                return connection;
-            }
-
-            connection.Release();
-        }
-    }
-
-    /// <summary>The one with the fewest connections of those not tried; of several such, each in turn.</summary>
-    internal Upstream Pick(List<Upstream>? tried)
-    {
-        if (_upstreams.Length == 1)
-        {
-            return _upstreams[0];
+            await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
         }
 
-        uint turn = (uint)Interlocked.Increment(ref _turn);
-        Upstream? best = null;
-        for (uint i = 0; i < _upstreams.Length; i++)
+        Balancer balancer = BalancerOf(portIndex);
+        ulong key = _settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
+        Connection last = new(only, null, null, balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
+        List<Server>? tried = null;
+        for (int retries = _connect.Retries; ; retries--)
         {
-            Upstream candidate = _upstreams[(turn + i) % _upstreams.Length];
-            if (tried?.Contains(candidate) != true
-                && (best is null || Volatile.Read(ref candidate.Active) < Volatile.Read(ref best.Active)))
+            bool isFull = balancer.Line is { Count: > 0 } && tried is null;
+            Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
+            if (isFull && server is null)
             {
-                best = candidate;
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client);
+                last = tried is null ? new Connection(only, null, null, refusal) : last;
+                deadline = _connect.Deadline();
             }
-        }
 
-        return best!;
+            if (server is null)
+            {
+                return last;
+            }
+
+            Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
+            last = racers is null ? await DialAsync(server, deadline) : await RaceAsync(racers, deadline);
+            if (last.Failure is not { IsWorthRetry: true } || retries == 0)
+            {
+                return last;
+            }
+
+            (tried ??= []).AddRange(racers ?? [server]);
+            deadline = _connect.Deadline();
+        }
     }
 
     /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
@@ -1782,9 +2434,9 @@ internal sealed class UpstreamPool
     {
         long started = Environment.TickCount64;
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
-        ConnectSettings settings = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([new UpstreamSettings(address)], settings, "", silent);
-        Sweep.Start([settings.Timeout]);
+        ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
+        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
+        Sweep.Start([connect.Timeout]);
         while (true)
         {
             Connection connection = await pool.ConnectAsync(0);
@@ -1804,33 +2456,204 @@ internal sealed class UpstreamPool
         }
     }
 
-    private async ValueTask<Connection> ConnectAsync(Upstream upstream, int portIndex)
+    private Balancer BalancerOf(int portIndex)
     {
-        UpstreamAddress address = upstream.Address;
-        switch (address.Kind)
+        ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
+        Balancer? balancer = Volatile.Read(ref place);
+        if (balancer is null)
         {
-            case AddressKind.Echo or AddressKind.Discard:
-                return new Connection(upstream, null, null, null);
-            case AddressKind.Unix:
-                return await DialAsync(upstream, [new UnixDomainSocketEndPoint(address.Host)]);
-            default:
-                IPAddress[] addresses = await upstream.Resolver.ResolveAsync(_settings.Timeout);
-                int port = address.PortAt(portIndex);
-                Connection connection =
-                    await DialAsync(upstream, Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port)));
-                if (connection.Failure is not null)
-                {
-                    upstream.Resolver.Doubt();
-                }
+            Balancer made = new(_upstreams, portIndex, _settings, _connect.Source, _route, _log);
+            made.Update();
+            balancer = Interlocked.CompareExchange(ref place, made, null) ?? made;
+        }
+        else if (_resolvers.Length > 0)
+        {
+            balancer.Update();
+        }
 
-                return connection;
+        return balancer;
+    }
+
+    private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client)
+    {
+        Server? server = null;
+        CloseReason? refusal = await balancer.Line!.EnterAsync(
+            () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null, client, tried is not null);
+        return (server, refusal);
+    }
+
+    /// <summary>Connects to a server in which a place has been taken; it is given back when that fails.</summary>
+    private async ValueTask<Connection> DialAsync(Server server, long deadline)
+    {
+        if (server.Targets.Length == 0)
+        {
+            return new Connection(server.Upstream, server, null, null);
+        }
+
+        try
+        {
+            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
+            Dialled(server, failure);
+            if (failure is null)
+            {
+                return new Connection(server.Upstream, server, dial, null);
+            }
+
+            server.Leave();
+            return new Connection(server.Upstream, null, null, failure);
+        }
+        catch
+        {
+            server.Leave();
+            throw;
         }
     }
 
-    private async ValueTask<Connection> DialAsync(Upstream upstream, EndPoint[] targets)
+    /// <summary>The same with others beside it, the first of which may win: then the place is taken there.</summary>
+    private async ValueTask<Connection> RaceAsync(Server[] racers, long deadline)
     {
-        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(targets, _settings);
-        return new Connection(upstream, dial?.Socket, dial?.Target, failure);
+        Server first = racers[0];
+        try
+        {
+            List<Dial> failed = [];
+            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(
+                Array.ConvertAll(racers, racer => racer.Targets[0]), _connect.Source, deadline, failed);
+            foreach (Dial loser in failed)
+            {
+                Dialled(OwnerOf(loser), await loser.Outcome!);
+            }
+
+            Server? winner = dial is null ? null : OwnerOf(dial);
+            if (winner is not null)
+            {
+                Dialled(winner, null);
+                Interlocked.Increment(ref winner.Active);
+            }
+
+            return new Connection(first.Upstream, winner, dial, failure);
+        }
+        finally
+        {
+            first.Leave();
+        }
+
+        Server OwnerOf(Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
+    }
+
+    private static void Dialled(Server server, CloseReason? failure)
+    {
+        server.Balancer.Dialled(server, failure, Environment.TickCount64);
+        if (failure is not null)
+        {
+            server.Upstream.Resolver?.Doubt();
+        }
+    }
+
+    // ---- active checks
+
+    internal void StartChecks()
+    {
+        if (_settings.Check > TimeSpan.Zero)
+        {
+            _isChecking = true;
+            _ = CheckAllAsync();
+        }
+    }
+
+    internal void StopChecks() => _isChecking = false;
+
+    /// <summary>Begins to check each server, now and whenever the look-up of a name has found new ones.</summary>
+    private async Task CheckAllAsync()
+    {
+        List<Server> seen = [];
+        do
+        {
+            await Resolver.RefreshAsync(_resolvers, isKnown: false, _connect.Deadline());
+            List<Server> servers = [];
+            for (int i = 0; i < _balancers.Length; i++)
+            {
+                servers.AddRange(BalancerOf(i).Servers);
+            }
+
+            servers.FindAll(server => server.Targets.Length > 0 && !seen.Contains(server))
+                .ForEach(server => _ = CheckAsync(server));
+            seen = servers;
+            await Task.Delay(_settings.Check);
+        }
+        while (_isChecking && _resolvers.Length > 0);
+    }
+
+    private async Task CheckAsync(Server server)
+    {
+        int interval = (int)_settings.Check.TotalMilliseconds;
+        await Task.Delay(Random.Shared.Next(interval));
+        while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
+        {
+            CloseReason? failure = await ProbeAsync(server);
+            if (_isChecking && failure is not { IsWorthRetry: false }) // out of descriptors is no fault of the server's
+            {
+                server.Balancer.Checked(server, failure?.Words, Environment.TickCount64);
+            }
+
+            if (failure is not null)
+            {
+                server.Upstream.Resolver?.Doubt();
+            }
+
+            await Task.Delay(interval - (interval / 10) + Random.Shared.Next((interval / 5) + 1));
+        }
+    }
+
+    private async Task<CloseReason?> ProbeAsync(Server server)
+    {
+        TimeSpan time = _connect.Timeout > TimeSpan.Zero && _connect.Timeout < _settings.Check ? _connect.Timeout : _settings.Check;
+        long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
+        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
+        if (dial is null)
+        {
+            return failure;
+        }
+
+        using Socket socket = dial.Socket;
+        try
+        {
+            TimeSpan left = TimeSpan.FromMilliseconds(Math.Max(1, deadline - Environment.TickCount64));
+            return await ConverseAsync(socket).WaitAsync(left) ? null : CloseReason.OfServer("not the expected answer");
+        }
+        catch (Exception e) when (e is SocketException or TimeoutException)
+        {
+            return CloseReason.OfServer(e is TimeoutException ? "no answer in time" : Text.Reason(e));
+        }
+    }
+
+    /// <summary>Says what --check-send says, behind a PROXY header that speaks for nobody where the route sends headers; whether the answer has what --check-expect wants.</summary>
+    private async Task<bool> ConverseAsync(Socket socket)
+    {
+        const int Longest = 16 << 10; // bytes of an answer
+        if (_connect.SendProxy != ProxyVersion.Off)
+        {
+            byte[] header = new byte[ProxyHeader.LongestWritten];
+            await socket.SendAsync(header.AsMemory(0, ProxyHeader.Write(header, _connect.SendProxy, null, null)), SocketFlags.None);
+        }
+
+        if (_settings.CheckSend.Length > 0)
+        {
+            await socket.SendAsync(_settings.CheckSend.AsMemory(), SocketFlags.None);
+        }
+
+        byte[] answer = new byte[_settings.CheckExpect.Length > 0 ? Longest : 0];
+        int length = 0;
+        for (int received = 1; received > 0 && length < answer.Length; length += received)
+        {
+            received = await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None);
+            if (answer.AsSpan(0, length + received).IndexOf(_settings.CheckExpect) >= 0)
+            {
+                return true;
+            }
+        }
+
+        return answer.Length == 0;
     }
 }
 
@@ -1845,70 +2668,81 @@ internal sealed class ConnectSettings
     internal IPAddress? Source { get; set; }
     internal ProxyVersion SendProxy { get; set; }
 
+    /// <summary>When an attempt that begins now is given up (TickCount64).</summary>
+    internal long Deadline() => Timeout > TimeSpan.Zero
+        ? Environment.TickCount64 + (long)Timeout.TotalMilliseconds : long.MaxValue;
+
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
 
-/// <summary>The addresses of one host, looked up when needed, by one look-up at a time, and kept for a while.</summary>
-internal sealed class Resolver
+/// <summary>The addresses of one name, looked up when needed, by one look-up at a time, and kept for a while.</summary>
+internal sealed class Resolver(string host, TimeSpan keep, string route, Log log)
 {
-    private const int Moment = 250; // ms
+    private const int Moment = 250; // ms: how long a connection waits for a look-up that it could do without
     private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
 
-    private readonly string _host;
-    private readonly TimeSpan _keep;
-    private readonly string _route;
-    private readonly Log _log;
     private readonly Lock _gate = new();
-    private IPAddress[] _addresses;
-    private Task<IPAddress[]>? _lookup; // the one that runs; under _gate
+    private volatile IPAddress[] _addresses = [];
+    private Task? _lookup; // the one that runs; under _gate
     private long _askedAt;
-    private long _freshUntil;
+    private long _answeredAt;
+    private long _freshUntil = long.MinValue;
 
-    internal Resolver(string host, TimeSpan keep, string route, Log log)
-    {
-        (_host, _keep, _route, _log) = (host, keep, route, log);
-        _addresses = IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
-            : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3: needs no look-up
-            : [];
-        _freshUntil = _addresses.Length > 0 ? long.MaxValue : long.MinValue;
-    }
+    /// <summary>The last known ones; the same array as before when they have not changed.</summary>
+    internal IPAddress[] Addresses => _addresses;
 
-    /// <summary>None when the name does not resolve, or not within <paramref name="timeout"/>; where addresses are known
+    internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
+
+    /// <summary>What needs no look-up, or null.</summary>
+    internal static IPAddress[]? Known(string host) => IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
+        : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3
+        : null;
+
+    /// <summary>Looks up what is not fresh. Where addresses are known, or <paramref name="isKnown"/> says that others are,
     /// they serve when an answer takes longer than a moment.</summary>
-    internal async ValueTask<IPAddress[]> ResolveAsync(TimeSpan timeout)
+    internal static async Task RefreshAsync(Resolver[] resolvers, bool isKnown, long deadline)
     {
-        if (Environment.TickCount64 < Volatile.Read(ref _freshUntil))
+        List<Task> lookups = [];
+        long asked = 0;
+        foreach (Resolver resolver in resolvers)
         {
-            return _addresses;
+            if (!resolver.IsFresh)
+            {
+                lookups.Add(resolver.LookUp());
+                asked = Math.Max(asked, resolver._askedAt);
+            }
         }
 
-        Task<IPAddress[]> lookup;
-        lock (_gate)
+        if (lookups.Count > 0 && !IsKnown())
         {
-            lookup = _lookup ??= LookUpAsync();
+            await Within(Task.WhenAny(lookups), deadline);
         }
 
-        try
+        await Within(Task.WhenAll(lookups), IsKnown() ? asked + Moment : deadline); // whoever waits longer has another server
+
+        static ConfiguredTaskAwaitable Within(Task task, long deadline)
         {
-            TimeSpan patience = _addresses.Length > 0 ? TimeSpan.FromMilliseconds(Moment) : timeout;
-            return await (patience > TimeSpan.Zero ? lookup.WaitAsync(patience) : lookup);
+            long left = Math.Max(0, deadline - Environment.TickCount64);
+            return task.WaitAsync(deadline == long.MaxValue ? Timeout.InfiniteTimeSpan : TimeSpan.FromMilliseconds(left))
+                .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         }
-        catch (TimeoutException)
-        {
-            return _addresses;
-        }
+
+        bool IsKnown() => isKnown || Array.Exists(resolvers, resolver => resolver._addresses.Length > 0);
     }
 
     /// <summary>The addresses did not answer: the name may have moved.</summary>
-    internal void Doubt()
+    internal void Doubt() => Volatile.Write(ref _freshUntil, Math.Min(_freshUntil, _answeredAt + LeastPause));
+
+    private Task LookUp()
     {
-        if (_freshUntil != long.MaxValue)
+        lock (_gate)
         {
-            Volatile.Write(ref _freshUntil, Math.Min(_freshUntil, _askedAt + LeastPause));
+            _askedAt = _lookup is null ? Environment.TickCount64 : _askedAt;
+            return _lookup ??= LookUpAsync();
         }
     }
 
-    private async Task<IPAddress[]> LookUpAsync()
+    private async Task LookUpAsync()
     {
         await Task.Yield(); // so that _lookup is set before it is cleared
         IPAddress[] found = _addresses;
@@ -1916,7 +2750,7 @@ internal sealed class Resolver
         try
         {
             // getaddrinfo blocks, and the pool is for what does not
-            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(_host),
+            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
                 CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default));
         }
 #pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
@@ -1926,30 +2760,30 @@ internal sealed class Resolver
             failure = Text.Reason(e);
         }
 
-        Report(found, failure);
+        // many name servers answer with the same addresses in another order each time
+        bool isSame = found.Length == _addresses.Length && Array.TrueForAll(found, address => _addresses.Contains(address));
+        Report(found, isSame, failure);
         lock (_gate)
         {
-            _askedAt = Environment.TickCount64;
-            _addresses = found;
+            _answeredAt = Environment.TickCount64;
+            _addresses = isSame ? _addresses : found;
             _lookup = null;
-            long keep = failure is null ? (long)_keep.TotalMilliseconds : Math.Min((long)_keep.TotalMilliseconds, LeastPause);
-            Volatile.Write(ref _freshUntil, _askedAt + keep);
+            long time = failure is null ? (long)keep.TotalMilliseconds : Math.Min((long)keep.TotalMilliseconds, LeastPause);
+            Volatile.Write(ref _freshUntil, _answeredAt + time);
         }
-
-        return found;
     }
 
-    private void Report(IPAddress[] found, string? failure)
+    private void Report(IPAddress[] found, bool isSame, string? failure)
     {
         if (failure is not null)
         {
             string serves = found.Length > 0 ? "; its last known addresses serve" : "";
-            _log.Event(LogLevel.Warn, "resolve", $"{_host}: {failure}{serves}", _route);
+            log.Event(LogLevel.Warn, "resolve", $"{host}: {failure}{serves}", route);
         }
-        else if (!found.AsSpan().SequenceEqual(_addresses))
+        else if (!isSame)
         {
-            _log.Event(_addresses.Length == 0 ? LogLevel.Debug : LogLevel.Info, "resolve",
-                $"{_host} is {string.Join(' ', (object[])found)}", _route);
+            log.Event(_addresses.Length == 0 ? LogLevel.Debug : LogLevel.Info, "resolve",
+                $"{host} is {string.Join(' ', (object[])found)}", route);
         }
     }
 
@@ -2063,13 +2897,13 @@ internal static class Dialer
 {
     private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
 
-    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all.</summary>
-    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(EndPoint[] targets, ConnectSettings settings)
+    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Those that
+    /// did not are added to <paramref name="failed"/>, those that were not waited for are not.</summary>
+    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(
+        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? failed = null)
     {
-        long deadline = settings.Timeout > TimeSpan.Zero
-            ? Environment.TickCount64 + (long)settings.Timeout.TotalMilliseconds : long.MaxValue;
         CloseReason noTarget = targets.Length == 0 ? CloseReason.NotResolved : CloseReason.WrongFamily;
-        if (settings.Source is { } source)
+        if (source is not null)
         {
             targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
                 || target.AddressFamily == AddressFamily.Unix);
@@ -2077,10 +2911,10 @@ internal static class Dialer
 
         if (targets.Length != 1)
         {
-            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, settings.Source, deadline);
+            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, source, deadline, failed ?? []);
         }
 
-        (Dial? dial, CloseReason? failure) = Start(targets[0], settings.Source, deadline);
+        (Dial? dial, CloseReason? failure) = Start(targets[0], source, deadline);
         failure ??= await dial!.RunAsync();
         return failure is null ? (dial, null) : (null, failure);
     }
@@ -2100,7 +2934,7 @@ internal static class Dialer
     /// <summary>RFC 8305: the next address is tried when the last one failed or has not answered for a while; the
     /// first to connect wins and the others are closed.</summary>
     private static async Task<(Dial? Dial, CloseReason? Failure)> RaceAsync(
-        EndPoint[] targets, IPAddress? source, long deadline)
+        EndPoint[] targets, IPAddress? source, long deadline, List<Dial> failed)
     {
         List<Dial> running = [];
         CloseReason? failure = null;
@@ -2129,6 +2963,8 @@ internal static class Dialer
                         running.ForEach(loser => loser.Socket.Close(0));
                         return (dial, null);
                     }
+
+                    failed.Add(dial);
                 }
             }
         }
@@ -2197,6 +3033,10 @@ internal sealed class CloseReason(
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
+    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
+    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
+    internal static readonly CloseReason NoServer = new("SC", "no server");
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
     internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
@@ -2217,7 +3057,10 @@ internal sealed class CloseReason(
     internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
         : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
         : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
-        : new CloseReason("SC", Text.Reason(error), isWorthRetry: true);
+        : OfServer(Text.Reason(error));
+
+    /// <summary>What is the server's fault, in so many words.</summary>
+    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
 }
 
 internal sealed class Bridge : PumpOwner
@@ -3362,6 +4205,19 @@ internal sealed class CountLine(LogLevel level, string name, string key, long co
     protected override void AddKeys(LogText text) => text.Add(key, count);
 }
 
+/// <summary>A server goes down or comes up.</summary>
+internal sealed class ServerLine(LogLevel level, string route, string server, string state, string reason)
+    : LogLine(level, "server")
+{
+    protected override void AddKeys(LogText text)
+    {
+        text.Add("route", route);
+        text.Add("server", server);
+        text.Add("state", state);
+        text.Add("reason", reason);
+    }
+}
+
 internal sealed class ListeningLine(string route, string listen, string upstream) : LogLine(LogLevel.Info, "listening")
 {
     protected override void AddKeys(LogText text)
@@ -3527,6 +4383,9 @@ internal sealed class Log : IDisposable
 
     internal void Listening(string route, string listen, string upstream) =>
         Write(new ListeningLine(route, listen, upstream));
+
+    internal void ServerState(string route, string server, bool isUp, string reason) =>
+        Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
 
     internal void Ended(ConnectionLine line) => Write(line);
 
@@ -3930,6 +4789,19 @@ internal static class SocketOptions
     {
         Libc.PollDescriptor poll = new() { Descriptor = (int)socket.Handle };
         return Libc.IsThere && Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0;
+    }
+
+    /// <summary>It was reset, or has ended without a byte that was not received yet.</summary>
+    internal static bool HasLeft(Socket socket)
+    {
+        try
+        {
+            return HasFailed(socket) || (socket.Poll(0, SelectMode.SelectRead) && socket.Available == 0);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            return true;
+        }
     }
 
     /// <summary>Bytes in the send queue that the peer has not acknowledged; 0 where the system does not tell.</summary>
@@ -4624,6 +5496,31 @@ internal static class Text
         int index = Array.IndexOf(words, word);
         return index >= 0 ? index : throw new FormatException($"unknown {what} '{word}'; "
             + (Nearest(word, words) is { } near ? $"did you mean '{near}'?" : $"it is one of {string.Join(", ", words)}"));
+    }
+
+    /// <summary>Text with the escapes \n \r \t \\ and \xNN, as bytes.</summary>
+    /// <exception cref="FormatException">another escape</exception>
+    internal static byte[] Unescape(string text)
+    {
+        List<byte> bytes = [];
+        for (int i = 0; i < text.Length; i++)
+        {
+            int end = text.IndexOf('\\', i);
+            end = end < 0 ? text.Length : end;
+            bytes.AddRange(Encoding.UTF8.GetBytes(text[i..end]));
+            i = end + 1;
+            if (end < text.Length)
+            {
+                int plain = i < text.Length ? "nrt\\".IndexOf(text[i], StringComparison.Ordinal) : -1;
+                bytes.Add(plain >= 0 ? "\n\r\t\\"u8[plain]
+                    : i + 2 < text.Length && text[i] == 'x'
+                        && byte.TryParse(text.AsSpan(i + 1, 2), NumberStyles.AllowHexSpecifier, null, out byte code) ? code
+                    : throw new FormatException($"'{text}': a backslash stands before n, r, t, another backslash or xNN"));
+                i += plain >= 0 ? 0 : 2;
+            }
+        }
+
+        return [.. bytes];
     }
 
     /// <summary>What came from outside, without anything that a terminal or a parser could take for more: JSON's

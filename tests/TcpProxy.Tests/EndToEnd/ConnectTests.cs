@@ -53,6 +53,7 @@ public sealed class ConnectTests : EndToEndTest
         Upstream upstream = Given.Echo();
         ProxyProcess proxy = await Given.Proxy(
             "127.0.0.1:0", silent.Address, upstream.Address, "--connect-timeout", "500ms");
+        proxy.Tolerate("server");
         for (int i = 0; i < 4; i++)
         {
             Peer client = await Given.Client(proxy);
@@ -93,7 +94,7 @@ public sealed class ConnectTests : EndToEndTest
     {
         Names names = await Names.SilentServer(Given, "127.0.0.1 localhost");
         Upstream upstream = Given.Echo();
-        List<string> words = ["--connect-timeout", "20s", "-l", "127.0.0.1:0", "-u", upstream.Address];
+        List<string> words = ["--connect-timeout", "10s", "-l", "127.0.0.1:0", "-u", upstream.Address];
         for (int i = 0; i < 40; i++)
         {
             words.AddRange(["-l", "127.0.0.1:0", "-u", $"slow{i}.example:80"]);
@@ -154,6 +155,26 @@ public sealed class ConnectTests : EndToEndTest
         Peer client = await Given.Client(proxy);
         await client.Ask("hello");
         Assert.True(clock.ElapsedMilliseconds < 2_500, $"connected after {clock.ElapsedMilliseconds} ms");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task An_address_that_lost_the_race_has_not_failed()
+    {
+        Names names = await Names.Hosts(Given, "127.0.0.1 localhost", "127.0.0.2 two.example", "127.0.0.3 two.example");
+        Upstream silent = await Given.Silent(IPAddress.Parse("127.0.0.2"));
+        Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse("127.0.0.3"), silent.Port));
+        ProxyProcess proxy = await Given.Proxy(
+            names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}", "--balance", "first", "--max-fails", "1");
+        for (int i = 0; i < 3; i++)
+        {
+            Peer client = await Given.Client(proxy);
+            await client.Ask("hello");
+            client.Finish();
+            await client.ExpectEnd();
+            LogLine line = await proxy.Connection(client);
+            Assert.Equal(upstream.Address, line["server"]);
+            Assert.InRange(line.Number("connect_ms"), 240, 2_000); // the silent one is tried first each time
+        }
     }
 
     [Fact(Timeout = Quick)]

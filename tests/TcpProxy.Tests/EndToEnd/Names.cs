@@ -25,12 +25,8 @@ internal sealed class Names : IDisposable
         IPAddress address = new(
             [127, (byte)Random.Shared.Next(1, 255), (byte)Random.Shared.Next(1, 255), 53]);
         _server.Bind(new IPEndPoint(address, 53));
-        string hostsFile = given.Write("hosts", string.Join('\n', hosts) + "\n");
         Resolver = $"nameserver {address}\noptions timeout:30 attempts:1\n";
-        string resolver = given.Write("resolv.conf", Resolver);
-        string script = $"mount --bind {hostsFile} /etc/hosts && mount --bind {resolver} /etc/resolv.conf"
-            + " && exec \"$0\" \"$@\"";
-        Launch = new Launch { Before = ["unshare", "-m", "sh", "-c", script] };
+        Launch = LaunchWith(given, hosts, Resolver);
         _ = ServeAsync();
     }
 
@@ -50,6 +46,13 @@ internal sealed class Names : IDisposable
     public static Task<Names> SilentServer(Given given, params string[] lines) =>
         Make(given, lines, answers: false);
 
+    /// <summary>How to start a proxy that asks the name server at <paramref name="address"/>, port 53.</summary>
+    public static async Task<Launch> Server(Given given, IPAddress address)
+    {
+        await NeedNamespaces();
+        return LaunchWith(given, ["127.0.0.1 localhost"], $"nameserver {address}\noptions timeout:2 attempts:2\n");
+    }
+
     /// <summary>From now on every name has this one address.</summary>
     public void Answer(IPAddress address) => _answer = address;
 
@@ -57,11 +60,25 @@ internal sealed class Names : IDisposable
 
     private static async Task<Names> Make(Given given, string[] lines, bool answers)
     {
+        await NeedNamespaces();
+        return given.Owned(new Names(given, lines, answers));
+    }
+
+    private static async Task NeedNamespaces()
+    {
         Tool.NeedRoot("a mount namespace");
         string unshare = Tool.Need("unshare", "util-linux");
         Outcome tried = await Tool.Run(unshare, "-m", "true");
         Assert.SkipUnless(tried.Status == 0, $"no mount namespaces here: {tried.Err}");
-        return given.Owned(new Names(given, lines, answers));
+    }
+
+    private static Launch LaunchWith(Given given, string[] hosts, string resolver)
+    {
+        string hostsFile = given.Write("hosts", string.Join('\n', hosts) + "\n");
+        string resolverFile = given.Write("resolv.conf", resolver);
+        string script = $"mount --bind {hostsFile} /etc/hosts && mount --bind {resolverFile} /etc/resolv.conf"
+            + " && exec \"$0\" \"$@\"";
+        return new Launch { Before = ["unshare", "-m", "sh", "-c", script] };
     }
 
     private async Task ServeAsync()

@@ -16,6 +16,7 @@ internal sealed class Upstream : IDisposable
     private readonly Channel<Peer> _waiting = Channel.CreateUnbounded<Peer>();
     private readonly List<Peer> _peers = [];
     private volatile bool _closing;
+    private volatile bool _isRefusing;
     private int _accepted;
 
     public Upstream(EndPoint at, Func<Peer, Task>? serve, int backlog)
@@ -34,6 +35,8 @@ internal sealed class Upstream : IDisposable
     }
 
     public EndPoint Endpoint { get; }
+
+    public bool IsRefusing => _isRefusing;
 
     public int Port => ((IPEndPoint)Endpoint).Port;
 
@@ -63,6 +66,13 @@ internal sealed class Upstream : IDisposable
     public Task<Peer> Accept(double seconds = 20) =>
         _waiting.Reader.ReadAsync().AsTask().Within($"a connection at {Endpoint}", seconds);
 
+    /// <summary>No longer listens; the connections that it has go on.</summary>
+    public void Refuse()
+    {
+        _isRefusing = true;
+        _socket.Dispose();
+    }
+
     public void Dispose()
     {
         _closing = true;
@@ -82,7 +92,7 @@ internal sealed class Upstream : IDisposable
                 Take(new Peer(await _socket.AcceptAsync()));
             }
         }
-        catch (Exception e) when (e is ObjectDisposedException or SocketException && _closing)
+        catch (Exception e) when (e is ObjectDisposedException || (e is SocketException && (_closing || _isRefusing)))
         {
             _waiting.Writer.TryComplete();
         }

@@ -1,5 +1,4 @@
 using System;
-using System.Collections.Generic;
 using System.Linq;
 using System.Net;
 using Xunit;
@@ -8,35 +7,6 @@ namespace TcpProxy.Tests;
 
 public sealed class UpstreamTests
 {
-    [Fact]
-    public void The_server_with_the_fewest_connections_is_next_and_ties_take_turns()
-    {
-        UpstreamPool pool = Pool("a:1", "b:1", "c:1");
-        Dictionary<string, int> picks = [];
-        for (int i = 0; i < 300; i++)
-        {
-            TcpProxy.Upstream picked = pool.Pick([]);
-            picked.Active++;
-            picks[picked.Address.Text] = picks.GetValueOrDefault(picked.Address.Text) + 1;
-        }
-
-        Assert.Equal([100, 100, 100], picks.Values);
-        TcpProxy.Upstream least = pool.Pick([]);
-        least.Active -= 2;
-        Assert.Same(least, pool.Pick([]));
-        Assert.Same(least, pool.Pick([]));
-    }
-
-    [Fact]
-    public void Those_tried_are_not_tried_again()
-    {
-        UpstreamPool pool = Pool("a:1", "b:1", "c:1");
-        List<TcpProxy.Upstream> tried = [pool.Pick([])];
-        tried.Add(pool.Pick(tried));
-        tried.Add(pool.Pick(tried));
-        Assert.Equal(3, tried.Distinct().Count());
-    }
-
     [Theory]
     [InlineData("1.1.1.1 1.1.1.2 ::1 ::2", "1.1.1.1 ::1 1.1.1.2 ::2")]
     [InlineData("::1 ::2 ::3 1.1.1.1", "::1 1.1.1.1 ::2 ::3")]
@@ -66,11 +36,5 @@ public sealed class UpstreamTests
         Assert.False(first.TryEnter()); // the process is full, and this attempt has left no trace:
         second.Leave();
         Assert.True(first.TryEnter());
-    }
-
-    private static UpstreamPool Pool(params string[] addresses)
-    {
-        List<UpstreamSettings> parsed = [.. addresses.Select(UpstreamSettings.Parse)];
-        return new UpstreamPool(parsed, new ConnectSettings(), "", new Log(new LogSettings { Format = LogFormat.Off }));
     }
 }
