@@ -2627,19 +2627,17 @@ internal sealed class UpstreamPool
         }
     }
 
-    /// <summary>Says what --check-send says, behind a PROXY header that speaks for nobody where the route sends headers; whether the answer has what --check-expect wants.</summary>
+    /// <summary>Says what --check-send says, where the route sends headers behind one that speaks for nobody; whether the
+    /// answer has what --check-expect wants.</summary>
     private async Task<bool> ConverseAsync(Socket socket)
     {
         const int Longest = 16 << 10; // bytes of an answer
-        if (_connect.SendProxy != ProxyVersion.Off)
+        byte[] words = new byte[ProxyHeader.LongestWritten + _settings.CheckSend.Length];
+        int header = _connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, _connect.SendProxy, null, null);
+        _settings.CheckSend.CopyTo(words, header);
+        if (header + _settings.CheckSend.Length > 0)
         {
-            byte[] header = new byte[ProxyHeader.LongestWritten];
-            await socket.SendAsync(header.AsMemory(0, ProxyHeader.Write(header, _connect.SendProxy, null, null)), SocketFlags.None);
-        }
-
-        if (_settings.CheckSend.Length > 0)
-        {
-            await socket.SendAsync(_settings.CheckSend.AsMemory(), SocketFlags.None);
+            await socket.SendAsync(words.AsMemory(0, header + _settings.CheckSend.Length), SocketFlags.None);
         }
 
         byte[] answer = new byte[_settings.CheckExpect.Length > 0 ? Longest : 0];

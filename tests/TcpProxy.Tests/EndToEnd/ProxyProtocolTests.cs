@@ -255,6 +255,18 @@ public sealed class ProxyProtocolTests : EndToEndTest
         await server.ReceiveText($"PROXY TCP6 ::1 ::1 {Port(client)} {proxy.PortOf(2)}\r\n");
     }
 
+    [Theory(Timeout = Quick)]
+    [InlineData("v1", "50524f585920554e4b4e4f574e0d0a")]
+    [InlineData("v2", "0d0a0d0a000d0a515549540a20000000")]
+    public async Task A_check_speaks_for_nobody(string version, string hex)
+    {
+        Upstream upstream = Given.Server();
+        await Given.Proxy(
+            "127.0.0.1:0", upstream.Address, "--send-proxy", version, "--check", "200ms", "--check-send", "PING");
+        Peer server = await upstream.Accept();
+        Assert.Equal(hex + "50494e47", Convert.ToHexStringLower(await server.ReceiveToEnd()));
+    }
+
     [Fact(Timeout = Quick)]
     public async Task A_chain_of_proxies_passes_the_first_clients_address_on()
     {
