@@ -176,7 +176,17 @@ public sealed class RealProgramsTests : EndToEndTest
         await Psql(direct, $"\\copy (select * from t order by id) to '{Given.Path("direct.csv")}' csv");
         Assert.Equal(Hash(Given.Path("direct.csv")), Hash(Given.Path("through.csv")));
         const string Sums = "select count(*), sum(n) from t";
-        Assert.Equal(await Psql(direct, Sums), await Psql(through, Sums));
+        string sums = await Psql(direct, Sums);
+        Assert.Equal(sums, await Psql(through, Sums));
+
+        // a pair of which one has failed: no client notices
+        ProxyProcess pair = await Given.Proxy("127.0.0.1:0", $"127.0.0.1:{Given.RefusingPort()}", $"127.0.0.1:{port}");
+        pair.Tolerate("server");
+        string failing = $"host=127.0.0.1 port={pair.Port} user=tester dbname=postgres";
+        for (int i = 0; i < 20; i++)
+        {
+            Assert.Equal(sums, await Psql(failing, Sums));
+        }
 
         async Task<string> Psql(string to, string command) =>
             (await Tool.Run(
