@@ -92,6 +92,7 @@ using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
 using System.Threading.Tasks;
+using System.Threading.Tasks.Sources;
 using Microsoft.Win32.SafeHandles;
 
 namespace TcpProxy;
@@ -280,6 +281,19 @@ internal sealed class Option(
         new("max-bytes-down", '\0', "SIZE", "limits", Scope.Route, "off",
             "End a connection when exactly SIZE bytes have passed to the client.",
             (_, r, v) => r.Bridge.MaxBytesDown = Units.ParseSize(v)),
+        new("rate-up", '\0', "RATE", "limits", Scope.Route, "off",
+            "Let no more than RATE bytes pass from the client of each connection, as in 512k/s. What comes faster is not "
+            + "received before its time, so the sender slows down. After a pause at most 50 ms' worth passes at once.",
+            (_, r, v) => r.Bridge.RateUp = Units.ParseRate(v)),
+        new("rate-down", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same, to the client.",
+            (_, r, v) => r.Bridge.RateDown = Units.ParseRate(v)),
+        new("rate-total-up", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same from all clients of the route together. Those who send have equal parts of it.",
+            (_, r, v) => r.Bridge.RateTotalUp = Units.ParseRate(v)),
+        new("rate-total-down", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same to all clients of the route together.",
+            (_, r, v) => r.Bridge.RateTotalDown = Units.ParseRate(v)),
         new("max-lifetime", '\0', "TIME", "limits", Scope.Route, "off",
             "End a connection that is TIME old.",
             (_, r, v) => r.Bridge.MaxLifetime = Units.ParseTime(v)),
@@ -949,6 +963,7 @@ internal sealed class Route
         Settings = settings;
         Title = settings.Title;
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        Rates = Rates.Of(settings.Bridge);
         foreach (UpstreamSettings upstream in settings.Upstreams)
         {
             string group = Group(upstream);
@@ -974,6 +989,7 @@ internal sealed class Route
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
+    internal Rates? Rates { get; }
     internal List<UpstreamPool> Pools { get; } = [];
     internal UpstreamPool? Pool { get; } // for those whom no --sni names
     internal bool NeedsName { get; }
@@ -1205,7 +1221,8 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, line.BytesUp); // (5)
+                Bridge bridge = new(
+                    client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, line.BytesUp, route.Rates); // (5)
                 _ = RelayAsync(route, connection, bridge, line);
                 return;
             }
@@ -2998,6 +3015,10 @@ internal sealed class BridgeSettings
     internal TimeSpan Keepalive { get; set; }
     internal long MaxBytesUp { get; set; }
     internal long MaxBytesDown { get; set; }
+    internal long RateUp { get; set; } // bytes a second, as below
+    internal long RateDown { get; set; }
+    internal long RateTotalUp { get; set; } // of all connections together, as below
+    internal long RateTotalDown { get; set; }
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
 
@@ -3012,6 +3033,35 @@ internal sealed class BridgeSettings
         kind == AddressKind.Echo && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
 
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
+}
+
+/// <summary>The rates of a route at run time.</summary>
+internal sealed class Rates
+{
+    private readonly BridgeSettings _settings;
+    private readonly ByteRate[] _up; // the total that connections share; none where there is no bound
+    private readonly ByteRate[] _down;
+
+    private Rates(BridgeSettings settings)
+    {
+        _settings = settings;
+        (_up, _down) = (Bucket(settings.RateTotalUp), Bucket(settings.RateTotalDown));
+    }
+
+    /// <summary>Null where a route has none.</summary>
+    internal static Rates? Of(BridgeSettings settings) =>
+        (settings.RateUp | settings.RateDown | settings.RateTotalUp | settings.RateTotalDown) == 0 ? null : new Rates(settings);
+
+    /// <summary>For the pump from the client of a new connection. What echo gets it also gives.</summary>
+    internal Throttle? Up(bool isEcho) => Throttle.Of(isEcho ? [.. OfUp(), .. OfDown()] : OfUp());
+
+    internal Throttle? Down() => Throttle.Of(OfDown());
+
+    private ByteRate[] OfUp() => [.. Bucket(_settings.RateUp), .. _up];
+
+    private ByteRate[] OfDown() => [.. Bucket(_settings.RateDown), .. _down];
+
+    private static ByteRate[] Bucket(long rate) => rate == 0 ? [] : [new ByteRate(rate)];
 }
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
@@ -3084,14 +3134,15 @@ internal sealed class Bridge : PumpOwner
     private bool _isProbed;
 
     /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
-    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0)
+    internal Bridge(
+        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed);
+            settings.QuotaUp(kind), passed, rates?.Up(_isEcho));
         _down = upstream is null ? null
-            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
+            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0, rates?.Down());
         _references = _down is null ? 1 : 2;
         client.Blocking = false;
         if (upstream is not null)
@@ -3183,6 +3234,8 @@ internal sealed class Bridge : PumpOwner
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
         Close(_upstream, first);
+        _up.StopWaiting();
+        _down?.StopWaiting();
 
         static void Close(Socket? socket, CloseReason reason)
         {
@@ -3313,7 +3366,7 @@ internal abstract class PumpOwner : Watched
 }
 
 internal sealed class Pump(
-    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0)
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
@@ -3327,7 +3380,7 @@ internal sealed class Pump(
     internal Socket? Target { get; } = target; // null: what comes is dropped
     internal long Bytes { get; private set; } = passed;
 
-    /// <summary>It waits for the target, not for the source.</summary>
+    /// <summary>It waits for the target, or for its rate, not for the source.</summary>
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
@@ -3341,7 +3394,7 @@ internal sealed class Pump(
             int full = 0;
             while (end == PumpEnd.NotYet)
             {
-                int length = await ReceiveAsync(_left);
+                int length = await (throttle is null ? ReceiveAsync(_left) : ReceiveThrottledAsync(throttle));
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
@@ -3395,8 +3448,11 @@ internal sealed class Pump(
     {
         while (true)
         {
+            int most = (int)Math.Min(_left, throttle is null ? SpliceFactor * bufferSize : bufferSize); // equal parts for all
+            most = throttle is null ? most : await TakeAsync(throttle, most);
             Pipe? pipe = Pipe.OfThread();
-            int length = pipe?.Fill(Source, (int)Math.Min(_left, SpliceFactor * bufferSize)) ?? Pipe.NothingYet;
+            int length = pipe?.Fill(Source, most) ?? Pipe.NothingYet;
+            throttle?.GiveBack(most - Math.Max(length, 0));
             if (length <= 0)
             {
                 if (length == 0 || pipe is null || _burst < bufferSize)
@@ -3480,6 +3536,33 @@ internal sealed class Pump(
 
         return receiving;
     }
+
+    /// <summary>Bytes of a shared rate are taken when there is something to receive: who is silent holds none.</summary>
+    private async ValueTask<int> ReceiveThrottledAsync(Throttle throttle)
+    {
+        await Source.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // only waits
+        int most = await TakeAsync(throttle, (int)Math.Min(_left, bufferSize));
+        int length = 0;
+        try
+        {
+            return length = await ReceiveAsync(most);
+        }
+        finally
+        {
+            throttle.GiveBack(most - length);
+        }
+    }
+
+    private async ValueTask<int> TakeAsync(Throttle throttle, int most)
+    {
+        IsSending = true;
+        most = await throttle.TakeAsync(most);
+        IsSending = false;
+        return most;
+    }
+
+    /// <summary>The sockets are closed: a pump that waits for its rate finds out now.</summary>
+    internal void StopWaiting() => throttle?.Stop();
 
     private bool IsTurnOver()
     {
@@ -3578,6 +3661,203 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
     }
 
     protected override void Dispose(bool disposing) => GiveBack();
+}
+
+// ---- rates
+//
+// A pump with a rate takes bytes from token buckets, its own and the route's, before it receives them. Who finds too
+// little waits in the line of that bucket; one thread serves the lines.
+
+/// <summary>What one pump may receive, as its rates allow.</summary>
+internal sealed class Throttle : IValueTaskSource<int>
+{
+    private readonly ByteRate[] _rates;
+    private ManualResetValueTaskSourceCore<int> _wait = new() { RunContinuationsAsynchronously = true };
+
+    private Throttle(ByteRate[] rates) => _rates = rates;
+
+    internal ByteRate? Line { get; private set; } // in which it waits; under that one's lock, as the next
+    internal int Wanted { get; private set; }
+    internal bool IsStopped { get; private set; }
+
+    internal static Throttle? Of(ByteRate[] rates) => rates.Length == 0 ? null : new Throttle(rates);
+
+    /// <summary>Takes up to <paramref name="most"/> bytes, when it is time; 0 once it is stopped.</summary>
+    internal async ValueTask<int> TakeAsync(int most)
+    {
+        for (int i = 0; i < _rates.Length; i++)
+        {
+            int taken = await _rates[i].TakeAsync(this, most);
+            GiveBack(most - taken, i);
+            most = taken;
+        }
+
+        return most;
+    }
+
+    internal void GiveBack(int bytes) => GiveBack(bytes, _rates.Length);
+
+    /// <summary>Ends its wait, and lets it never wait again.</summary>
+    internal void Stop()
+    {
+        IsStopped = true;
+        Array.ForEach(_rates, rate => rate.Leave(this)); // the lock makes it seen
+    }
+
+    internal ValueTask<int> WaitAsync(ByteRate line, int wanted)
+    {
+        (Line, Wanted) = (line, wanted);
+        _wait.Reset();
+        return new ValueTask<int>(this, _wait.Version);
+    }
+
+    internal void Go(int bytes)
+    {
+        Line = null;
+        _wait.SetResult(bytes);
+    }
+
+    public int GetResult(short token) => _wait.GetResult(token);
+
+    public ValueTaskSourceStatus GetStatus(short token) => _wait.GetStatus(token);
+
+    public void OnCompleted(Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags) =>
+        _wait.OnCompleted(continuation, state, token, flags);
+
+    private void GiveBack(int bytes, int count)
+    {
+        for (int i = 0; i < count && bytes > 0; i++)
+        {
+            _rates[i].GiveBack(bytes);
+        }
+    }
+}
+
+/// <summary>A token bucket: <paramref name="rate"/> bytes a second, given out in slices of 10 ms in the order of the line,
+/// so that those who share it have equal parts. It holds what comes in 50 ms, which makes up for a late wake-up.</summary>
+internal sealed class ByteRate(long rate)
+{
+    private const int Slices = 100; // a second
+    private const int Depths = 20; // a second
+
+    private readonly Queue<Throttle> _line = []; // under itself, as all below it; those who are stopped stay in it till their turn
+    private double _bytes;
+    private long _filledAt = Stopwatch.GetTimestamp();
+
+    internal ValueTask<int> TakeAsync(Throttle throttle, int most)
+    {
+        int wanted = (int)Math.Min(most, Math.Max(1, rate / Slices));
+        lock (_line)
+        {
+            Fill();
+            if (throttle.IsStopped || (_line.Count == 0 && _bytes >= wanted))
+            {
+                wanted = throttle.IsStopped ? 0 : wanted;
+                _bytes -= wanted;
+                return new ValueTask<int>(wanted);
+            }
+
+            ValueTask<int> wait = throttle.WaitAsync(this, wanted);
+            _line.Enqueue(throttle);
+            if (_line.Count == 1)
+            {
+                Pacer.Add(this);
+            }
+
+            return wait;
+        }
+    }
+
+    internal void GiveBack(int bytes)
+    {
+        lock (_line)
+        {
+            _bytes += bytes;
+        }
+    }
+
+    internal void Leave(Throttle throttle)
+    {
+        lock (_line)
+        {
+            if (throttle.Line == this)
+            {
+                throttle.Go(0);
+            }
+        }
+    }
+
+    /// <summary>Lets go whom there is enough for. False when nobody waits any more.</summary>
+    internal bool Serve()
+    {
+        lock (_line)
+        {
+            Fill();
+            while (_line.TryPeek(out Throttle? first) && (first.Line != this || _bytes >= first.Wanted))
+            {
+                _line.Dequeue();
+                if (first.Line == this)
+                {
+                    _bytes -= first.Wanted;
+                    first.Go(first.Wanted);
+                }
+            }
+
+            return _line.Count > 0;
+        }
+    }
+
+    private void Fill()
+    {
+        long now = Stopwatch.GetTimestamp();
+        double most = Math.Max(1, (double)rate / Depths);
+        _bytes = Math.Min(most, _bytes + ((double)(now - _filledAt) / Stopwatch.Frequency * rate));
+        _filledAt = now;
+    }
+}
+
+/// <summary>The one thread that serves the lines, all of them every 4 ms: hardly one in which somebody waits is not due
+/// within 10. It sleeps while nobody waits.</summary>
+internal static class Pacer
+{
+    private const int Turn = 4; // ms
+
+    private static readonly List<ByteRate> Waiting = []; // under itself
+    private static Thread? _thread;
+
+    internal static void Add(ByteRate rate)
+    {
+        lock (Waiting)
+        {
+            Waiting.Add(rate);
+            Monitor.Pulse(Waiting);
+            if (_thread is null)
+            {
+                _thread = new Thread(Run, 128 << 10) { IsBackground = true, Name = "pacer" };
+                _thread.Start();
+            }
+        }
+    }
+
+    private static void Run()
+    {
+        List<ByteRate> seen = [];
+        while (true)
+        {
+            Thread.Sleep(Turn);
+            seen.RemoveAll(rate => !rate.Serve());
+            lock (Waiting)
+            {
+                while (seen.Count + Waiting.Count == 0)
+                {
+                    Monitor.Wait(Waiting);
+                }
+
+                seen.AddRange(Waiting);
+                Waiting.Clear();
+            }
+        }
+    }
 }
 
 // == 10  PREREAD ====================================================================================================
@@ -5361,6 +5641,12 @@ internal static class Units
         return value <= most >> shift && value << shift >= least ? value << shift
             : throw new FormatException($"'{text}' is not between {Size(least)} and {Size(most)}");
     }
+
+    /// <summary>Bytes a second.</summary>
+    /// <exception cref="FormatException">it is no rate</exception>
+    internal static long ParseRate(string text) =>
+        text.EndsWith("/s", StringComparison.Ordinal) ? ParseSize(text[..^2], most: 1L << 40)
+        : text is "0" or "off" ? 0 : throw new FormatException($"'{text}' is not a rate; write 512/s, 64k/s, 10m/s or off");
 
     /// <exception cref="FormatException">it is no count, or not between the bounds</exception>
     internal static int ParseCount(string text, int least = 0, int most = int.MaxValue)
