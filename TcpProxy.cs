@@ -268,6 +268,19 @@ internal sealed class Option(
             "Close at once what comes beyond N connections. Before the first --listen it also bounds the sum over "
             + "all routes.",
             (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
+        new("max-connections-per-ip", '\0', "N", "limits", Scope.Route, "off",
+            "The same for one client address, which is the one in the PROXY header where --accept-proxy reads one.",
+            (_, r, v) => r.Limits.MaxPerAddress = Units.ParseCount(v)),
+        new("ip6-prefix", '\0', "BITS", "limits", Scope.Route, "64",
+            "Of IPv6, so many bits are one client address.",
+            (_, r, v) => r.Limits.Ip6Prefix = Units.ParseCount(v, least: 1, most: 128)),
+        new("connect-rate", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
+            "Close at once what comes faster than N connections a second (N/m: a minute). Up to BURST may come at once (N).",
+            (_, r, v) => r.Limits.Rate = ConnectRate.Parse(v)),
+        new("connect-rate-per-ip", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
+            "The same for one client address. A route keeps count of 131,072 addresses in 3 MB; where there are too many with "
+            + "connections, some are not counted, and the log says so.",
+            (_, r, v) => r.Limits.RatePerAddress = ConnectRate.Parse(v)),
         new("queue", '\0', "N", "limits", Scope.Route, "0",
             "When every server has its max-connections, let up to N clients wait in order. Beyond that they are closed at "
             + "once.",
@@ -877,6 +890,7 @@ internal sealed class RouteSettings
     internal ListenAddress? Listen { get; set; }
     internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
+    internal LimitSettings Limits { get; private set; } = new();
     internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -889,6 +903,7 @@ internal sealed class RouteSettings
     {
         RouteSettings copy = (RouteSettings)MemberwiseClone();
         copy.Upstreams = [.. Upstreams];
+        copy.Limits = Limits.Clone();
         copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
@@ -957,12 +972,14 @@ internal sealed class RouteSettings
 internal sealed class Route
 {
     private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
+    private long _rate; // the state of its connect rate
 
     internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
     {
         Settings = settings;
         Title = settings.Title;
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        Addresses = settings.Limits.HasAddresses ? new AddressTable(settings.Limits, Title, log) : null;
         Rates = Rates.Of(settings.Bridge);
         foreach (UpstreamSettings upstream in settings.Upstreams)
         {
@@ -989,6 +1006,7 @@ internal sealed class Route
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
+    internal AddressTable? Addresses { get; }
     internal Rates? Rates { get; }
     internal List<UpstreamPool> Pools { get; } = [];
     internal UpstreamPool? Pool { get; } // for those whom no --sni names
@@ -996,6 +1014,11 @@ internal sealed class Route
 
     /// <summary>It needs no first bytes.</summary>
     internal bool IsPlain { get; }
+
+    /// <summary>Null when there is room for one more.</summary>
+    internal CloseReason? TryEnter() =>
+        Settings.Limits.Rate is { } rate && !rate.TryTake(ref _rate, Stopwatch.GetTimestamp()) ? CloseReason.RateReached
+        : Limit.TryEnter() ? null : CloseReason.LimitReached;
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
@@ -1193,19 +1216,24 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            isAdmitted = route.Limit.TryEnter(); // (2)
-            if (!isAdmitted)
+            reason = route.TryEnter(); // (2)
+            isAdmitted = reason is null;
+            if (reason is not null)
             {
-                client.Dispose();
-                reason = CloseReason.LimitReached;
+                Close(client, reason);
                 return;
             }
 
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
+            if (reason is null && route.Addresses is { } addresses)
+            {
+                line.Place = addresses.TryEnter(line.Client, Stopwatch.GetTimestamp(), out reason);
+            }
+
             if (reason is not null)
             {
-                client.Close(0);
+                Close(client, reason);
                 return;
             }
 
@@ -1221,22 +1249,15 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                Bridge bridge = new(
-                    client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, line.BytesUp, route.Rates); // (5)
+                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, // (5)
+                    line.BytesUp, route.Rates);
                 _ = RelayAsync(route, connection, bridge, line);
                 return;
             }
 
             connection.Socket?.Close(0);
             connection.Release();
-            if (reason.IsOrderly)
-            {
-                client.Dispose();
-            }
-            else
-            {
-                client.Close(0); // a reset: the client must not take this for an empty answer
-            }
+            Close(client, reason);
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
         catch (Exception e)
@@ -1251,6 +1272,18 @@ internal sealed class Proxy
             {
                 End(route, isAdmitted, line, reason);
             }
+        }
+    }
+
+    private static void Close(Socket client, CloseReason reason)
+    {
+        if (reason.IsOrderly)
+        {
+            client.Dispose();
+        }
+        else
+        {
+            client.Close(0); // a reset: the client must not take this for an empty answer
         }
     }
 
@@ -1305,6 +1338,7 @@ internal sealed class Proxy
     {
         if (isAdmitted)
         {
+            route.Addresses?.Leave(line.Place);
             route.Limit.Leave();
         }
 
@@ -1683,6 +1717,161 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
     {
         Interlocked.Decrement(ref _count);
         enclosing?.Leave();
+    }
+}
+
+internal sealed class LimitSettings
+{
+    internal int MaxPerAddress { get; set; } // 0 = off
+    internal int Ip6Prefix { get; set; } = 64; // bits
+    internal ConnectRate? Rate { get; set; } // null = off, as below
+    internal ConnectRate? RatePerAddress { get; set; }
+    internal bool HasAddresses => MaxPerAddress > 0 || RatePerAddress is not null;
+
+    internal LimitSettings Clone() => (LimitSettings)MemberwiseClone();
+}
+
+/// <summary>A token bucket of connections, whose state is one number: when it is full again (the virtual scheduling
+/// algorithm of ITU-T I.371). Times are Stopwatch's.</summary>
+internal sealed class ConnectRate(long interval, int burst)
+{
+    private const int Most = 1_000_000;
+
+    /// <summary>N/s [BURST] or N/m [BURST]; null for off.</summary>
+    /// <exception cref="FormatException">it is no rate</exception>
+    internal static ConnectRate? Parse(string text)
+    {
+        if (text is "off" or "0")
+        {
+            return null;
+        }
+
+        string[] words = text.Split(' ', StringSplitOptions.RemoveEmptyEntries);
+        int unit = words.Length is not (1 or 2) ? 0 : words[0].EndsWith("/s", StringComparison.Ordinal) ? 1
+            : words[0].EndsWith("/m", StringComparison.Ordinal) ? 60 : 0;
+        if (unit == 0)
+        {
+            throw new FormatException($"'{text}' is not a rate; write 10/s, 100/m, off, or '10/s 50' where 50 may come at once");
+        }
+
+        int count = Units.ParseCount(words[0][..^2], most: Most);
+        int burst = words.Length == 1 ? count : Units.ParseCount(words[1], least: 1, most: Most);
+        return count == 0 ? null : new ConnectRate(Stopwatch.Frequency * unit / count, burst);
+    }
+
+    internal bool TryTake(ref long fullAt, long now)
+    {
+        long seen, next;
+        do
+        {
+            seen = Volatile.Read(ref fullAt);
+            next = Math.Max(seen, now) + interval;
+        }
+        while (next - now <= interval * burst && Interlocked.CompareExchange(ref fullAt, next, seen) != seen);
+        return next - now <= interval * burst;
+    }
+}
+
+/// <summary>The connections and the connect rate of each client address, in a table that never grows: an address has a
+/// place in one set of eight, and takes that of one without connections whose rate has rested longest. Where all
+/// eight have connections it is let in and not counted: to refuse it would let those who have many addresses shut out
+/// the others. Nobody can aim at a set, because addresses are hashed with a secret.</summary>
+internal sealed class AddressTable(LimitSettings settings, string route, Log log, int places = AddressTable.Places)
+{
+    internal const int Places = 1 << 17; // of 24 bytes
+    private const int Ways = 8;
+
+    private readonly Entry[] _entries = new Entry[places]; // under itself
+    private readonly ulong _secret = (ulong)Random.Shared.NextInt64() | 1;
+    private readonly ulong _otherSecret = (ulong)Random.Shared.NextInt64();
+    private bool _isFull; // has been said
+
+    /// <summary>The place, which is given to <see cref="Leave"/> in the end; -1 for one who is refused or not counted.</summary>
+    internal int TryEnter(EndPoint? client, long now, out CloseReason? refusal)
+    {
+        refusal = null;
+        if (client is not IPEndPoint { Address: var address })
+        {
+            return -1;
+        }
+
+        ulong tag = Tag(address);
+        lock (_entries)
+        {
+            int place = Find(tag);
+            if (place < 0)
+            {
+                SayFull();
+                return place;
+            }
+
+            ref Entry entry = ref _entries[place];
+            refusal = settings.MaxPerAddress > 0 && entry.Active >= settings.MaxPerAddress ? CloseReason.AddressLimitReached
+                : settings.RatePerAddress is { } rate && !rate.TryTake(ref entry.FullAt, now) ? CloseReason.AddressRateReached
+                : null;
+            entry.Active += refusal is null ? 1 : 0;
+            return refusal is null ? place : -1;
+        }
+    }
+
+    internal void Leave(int place)
+    {
+        if (place >= 0)
+        {
+            lock (_entries)
+            {
+                _entries[place].Active--;
+            }
+        }
+    }
+
+    private int Find(ulong tag)
+    {
+        int first = (int)(tag % (ulong)(places / Ways)) * Ways;
+        int free = -1;
+        for (int i = first; i < first + Ways; i++)
+        {
+            if (_entries[i].Tag == tag)
+            {
+                return i;
+            }
+
+            free = _entries[i].Active == 0 && (free < 0 || _entries[i].FullAt < _entries[free].FullAt) ? i : free;
+        }
+
+        if (free >= 0)
+        {
+            _entries[free] = new Entry { Tag = tag };
+        }
+
+        return free;
+    }
+
+    private ulong Tag(IPAddress address)
+    {
+        Span<byte> bytes = stackalloc byte[16];
+        IPAddress wide = address.MapToIPv6();
+        wide.TryWriteBytes(bytes, out _);
+        int prefix = wide.IsIPv4MappedToIPv6 ? 128 : settings.Ip6Prefix;
+        UInt128 key = BinaryPrimitives.ReadUInt128BigEndian(bytes) & (UInt128.MaxValue << (128 - prefix));
+        ulong high = Math.BigMul((ulong)(key >> 64) ^ _secret, (ulong)key ^ _otherSecret, out ulong low);
+        return high ^ low;
+    }
+
+    private void SayFull()
+    {
+        if (!_isFull)
+        {
+            _isFull = true;
+            log.Event(LogLevel.Warn, "addresses", "too many client addresses at once: some are not counted", route);
+        }
+    }
+
+    private struct Entry
+    {
+        internal ulong Tag; // of the address
+        internal long FullAt; // of its rate
+        internal int Active; // connections
     }
 }
 
@@ -3081,6 +3270,9 @@ internal sealed class CloseReason(
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
+    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
+    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
     internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
     internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
     internal static readonly CloseReason LeftQueue = new("CQ", "client left");
@@ -3740,7 +3932,7 @@ internal sealed class ByteRate(long rate)
     private const int Slices = 100; // a second
     private const int Depths = 20; // a second
 
-    private readonly Queue<Throttle> _line = []; // under itself, as all below it; those who are stopped stay in it till their turn
+    private readonly Queue<Throttle> _line = []; // under itself, as all below it; who is stopped stays in it till its turn
     private double _bytes;
     private long _filledAt = Stopwatch.GetTimestamp();
 
@@ -4517,6 +4709,7 @@ internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "con
     private string _reason = "";
 
     internal EndPoint? Client { get; set; }
+    internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }

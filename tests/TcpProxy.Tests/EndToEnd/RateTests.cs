@@ -106,7 +106,7 @@ public sealed class RateTests : EndToEndTest
         await server.ExpectEnd();
         await Task.WhenAll(
             Wait.Apart(() => server.Send(pattern, length)), Wait.Apart(() => client.Receive(pattern, length)));
-        server.Dispose();
+        server.Finish();
         await client.ExpectEnd();
         LogLine line = await proxy.Connection(client);
         Assert.Equal(("--", length, length), (line.End, line.BytesUp, line.BytesDown));
@@ -122,7 +122,7 @@ public sealed class RateTests : EndToEndTest
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         _ = Push(client, () => { });
         Assert.Equal(77_777, (await server.ReceiveToEnd()).Length);
-        server.Dispose();
+        server.Finish();
         Assert.Equal(("PD", 77_777), ((await proxy.Connection(client)).End, (await proxy.Connection(client)).BytesUp));
 
         List<Peer> waiting = [];
