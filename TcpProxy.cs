@@ -265,8 +265,8 @@ internal sealed class Option(
             (_, r, v) => r.Pool.CheckExpect = Text.Unescape(v)),
 
         new("max-connections", '\0', "N", "limits", Scope.Route, "off",
-            "Close at once what comes beyond N connections. Before the first --listen it also bounds the sum over "
-            + "all routes.",
+            "Close at once what comes beyond N connections and finds no place in the --queue. Before the first --listen it "
+            + "also bounds the sum over all routes.",
             (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
         new("max-connections-per-ip", '\0', "N", "limits", Scope.Route, "off",
             "The same for one client address, which is the one in the PROXY header where --accept-proxy reads one.",
@@ -281,9 +281,13 @@ internal sealed class Option(
             "The same for one client address. A route keeps count of 131,072 addresses in 3 MB; where there are too many with "
             + "connections, some are not counted, and the log says so.",
             (_, r, v) => r.Limits.RatePerAddress = ConnectRate.Parse(v)),
+        new("refuse", '\0', "close|reset", "limits", Scope.Route, "close",
+            "Close clients that are refused in good order (FIN), or reset them (RST). Of a flood of them the log has 100 lines "
+            + "a second, and how many were left out.",
+            (_, r, v) => r.Limits.IsResetting = Text.ParseWord(v, "way", "close", "reset") == 1),
         new("queue", '\0', "N", "limits", Scope.Route, "0",
-            "When every server has its max-connections, let up to N clients wait in order. Beyond that they are closed at "
-            + "once.",
+            "When every server has its max-connections, or the route, let up to N clients wait in order. Beyond that they "
+            + "are closed at once.",
             (_, r, v) => r.Pool.Queue = Units.ParseCount(v)),
         new("queue-timeout", '\0', "TIME", "limits", Scope.Route, "5s",
             "Close a client that has waited for TIME.",
@@ -307,9 +311,9 @@ internal sealed class Option(
         new("rate-total-down", '\0', "RATE", "limits", Scope.Route, "off",
             "The same to all clients of the route together.",
             (_, r, v) => r.Bridge.RateTotalDown = Units.ParseRate(v)),
-        new("max-lifetime", '\0', "TIME", "limits", Scope.Route, "off",
-            "End a connection that is TIME old.",
-            (_, r, v) => r.Bridge.MaxLifetime = Units.ParseTime(v)),
+        new("max-lifetime", '\0', "TIME [JITTER]", "limits", Scope.Route, "off",
+            "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not all end at once.",
+            (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v)),
 
         new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
             "End a connection in which nothing has moved for TIME.",
@@ -979,6 +983,9 @@ internal sealed class Route
         Settings = settings;
         Title = settings.Title;
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        Line = settings.Pool.Queue == 0 ? null
+            : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
+        Refusals = new Refusals(Title, log);
         Addresses = settings.Limits.HasAddresses ? new AddressTable(settings.Limits, Title, log) : null;
         Rates = Rates.Of(settings.Bridge);
         foreach (UpstreamSettings upstream in settings.Upstreams)
@@ -1006,6 +1013,8 @@ internal sealed class Route
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
+    internal WaitingLine? Line { get; } // for room among the connections
+    internal Refusals Refusals { get; }
     internal AddressTable? Addresses { get; }
     internal Rates? Rates { get; }
     internal List<UpstreamPool> Pools { get; } = [];
@@ -1018,7 +1027,16 @@ internal sealed class Route
     /// <summary>Null when there is room for one more.</summary>
     internal CloseReason? TryEnter() =>
         Settings.Limits.Rate is { } rate && !rate.TryTake(ref _rate, Stopwatch.GetTimestamp()) ? CloseReason.RateReached
-        : Limit.TryEnter() ? null : CloseReason.LimitReached;
+        : Line is not { Count: > 0 } && Limit.TryEnter() ? null : CloseReason.LimitReached;
+
+    internal void Leave()
+    {
+        Limit.Leave();
+        if (Line is { Count: > 0 } line)
+        {
+            line.Serve();
+        }
+    }
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
@@ -1217,10 +1235,15 @@ internal sealed class Proxy
             }
 
             reason = route.TryEnter(); // (2)
+            if (reason == CloseReason.LimitReached && route.Line is { } queue)
+            {
+                reason = await queue.EnterAsync(route.Limit.TryEnter, client);
+            }
+
             isAdmitted = reason is null;
             if (reason is not null)
             {
-                Close(client, reason);
+                Close(route, client, reason);
                 return;
             }
 
@@ -1233,7 +1256,7 @@ internal sealed class Proxy
 
             if (reason is not null)
             {
-                Close(client, reason);
+                Close(route, client, reason);
                 return;
             }
 
@@ -1257,7 +1280,7 @@ internal sealed class Proxy
 
             connection.Socket?.Close(0);
             connection.Release();
-            Close(client, reason);
+            Close(route, client, reason);
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
         catch (Exception e)
@@ -1275,9 +1298,9 @@ internal sealed class Proxy
         }
     }
 
-    private static void Close(Socket client, CloseReason reason)
+    private static void Close(Route route, Socket client, CloseReason reason)
     {
-        if (reason.IsOrderly)
+        if (reason.IsOrderly && !route.Settings.Limits.IsResetting)
         {
             client.Dispose();
         }
@@ -1339,7 +1362,7 @@ internal sealed class Proxy
         if (isAdmitted)
         {
             route.Addresses?.Leave(line.Place);
-            route.Limit.Leave();
+            route.Leave();
         }
 
         if (reason.Error is { } error)
@@ -1351,7 +1374,7 @@ internal sealed class Proxy
         {
             Exhaustion.Refused(_log); // one line an episode, not one a client
         }
-        else
+        else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
             line.Ended(reason.Code, reason.Words); // (8)
             _log.Ended(line);
@@ -1726,6 +1749,7 @@ internal sealed class LimitSettings
     internal int Ip6Prefix { get; set; } = 64; // bits
     internal ConnectRate? Rate { get; set; } // null = off, as below
     internal ConnectRate? RatePerAddress { get; set; }
+    internal bool IsResetting { get; set; } // those who are refused
     internal bool HasAddresses => MaxPerAddress > 0 || RatePerAddress is not null;
 
     internal LimitSettings Clone() => (LimitSettings)MemberwiseClone();
@@ -1872,6 +1896,66 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
         internal ulong Tag; // of the address
         internal long FullAt; // of its rate
         internal int Active; // connections
+    }
+}
+
+/// <summary>Bounds what refused clients cost the log: so many lines a second, then how many were left out.</summary>
+internal sealed class Refusals(string route, Log log) : Watched
+{
+    private const int Most = 100; // lines a second
+    private const int Second = 1000;
+
+    private readonly Lock _gate = new();
+    private long _since;
+    private int _lines; // since then
+    private long _leftOut;
+
+    internal bool IsWorthLine(long now)
+    {
+        lock (_gate)
+        {
+            Roll(now);
+            if (_lines < Most)
+            {
+                _lines++;
+                return true;
+            }
+
+            if (_leftOut++ == 0)
+            {
+                Sweep.Add(this);
+            }
+
+            return false;
+        }
+    }
+
+    internal override bool Check(long now)
+    {
+        lock (_gate)
+        {
+            Roll(now);
+        }
+
+        return true;
+    }
+
+    internal override void Stop() => Check(long.MaxValue);
+
+    private void Roll(long now)
+    {
+        if (now - _since < Second)
+        {
+            return;
+        }
+
+        if (_leftOut > 0)
+        {
+            log.Count(LogLevel.Info, "refused", "left_out", _leftOut, route);
+            Sweep.Remove(this);
+        }
+
+        (_since, _lines, _leftOut) = (now, 0, 0);
     }
 }
 
@@ -3201,6 +3285,7 @@ internal sealed class BridgeSettings
     internal TimeSpan IdleTimeout { get; set; } // zero = off, here and below
     internal TimeSpan FinTimeout { get; set; }
     internal TimeSpan MaxLifetime { get; set; }
+    internal TimeSpan LifetimeJitter { get; set; }
     internal TimeSpan Keepalive { get; set; }
     internal long MaxBytesUp { get; set; }
     internal long MaxBytesDown { get; set; }
@@ -3285,6 +3370,9 @@ internal sealed class CloseReason(
     internal string Code { get; } = code;
     internal string Words { get; } = words;
     internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
+    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
 
     /// <summary>The failure is this server's, so another may do better.</summary>
     internal bool IsWorthRetry { get; } = isWorthRetry;
@@ -3448,7 +3536,7 @@ internal sealed class Bridge : PumpOwner
 
     internal override bool Check(long now)
     {
-        if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
+        if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
             return true;
@@ -3464,6 +3552,9 @@ internal sealed class Bridge : PumpOwner
             return true; // it has just been closed
         }
     }
+
+    /// <summary>Always the same for this bridge: the runtime's hash of it is a random number of 26 bits, which costs no field.</summary>
+    private double Jitter() => RuntimeHelpers.GetHashCode(this) / (double)(1 << 26) * _settings.LifetimeJitter.TotalMilliseconds;
 
     private void Probe(long now)
     {
@@ -4670,9 +4761,17 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
 }
 
 /// <summary>A line whose point is a number.</summary>
-internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
+internal sealed class CountLine(LogLevel level, string name, string key, long count, string? route) : LogLine(level, name)
 {
-    protected override void AddKeys(LogText text) => text.Add(key, count);
+    protected override void AddKeys(LogText text)
+    {
+        if (route is not null)
+        {
+            text.Add("route", route);
+        }
+
+        text.Add(key, count);
+    }
 }
 
 /// <summary>A server goes down or comes up.</summary>
@@ -4849,8 +4948,8 @@ internal sealed class Log : IDisposable
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
         Write(new MessageLine(level, name, route, message));
 
-    internal void Count(LogLevel level, string name, string key, long count) =>
-        Write(new CountLine(level, name, key, count));
+    internal void Count(LogLevel level, string name, string key, long count, string? route = null) =>
+        Write(new CountLine(level, name, key, count, route));
 
     internal void Listening(string route, string listen, string upstream) =>
         Write(new ListeningLine(route, listen, upstream));
@@ -5799,6 +5898,14 @@ internal static class Units
             : long.TryParse(text.AsSpan(0, digits), out long value) && value <= Longest / Milliseconds[unit]
                 ? TimeSpan.FromMilliseconds(value * Milliseconds[unit])
             : throw new FormatException($"'{text}' is too long; at most {Text(TimeSpan.FromMilliseconds(Longest))}, or off");
+    }
+
+    /// <summary>TIME [SECOND]</summary>
+    /// <exception cref="FormatException">it is no time, or more than two</exception>
+    internal static (TimeSpan First, TimeSpan Second) ParseTimes(string text)
+    {
+        int blank = text.IndexOf(' ', StringComparison.Ordinal);
+        return blank < 0 ? (ParseTime(text), TimeSpan.Zero) : (ParseTime(text[..blank]), ParseTime(text[blank..].Trim()));
     }
 
     /// <summary>The shortest way to write a time.</summary>

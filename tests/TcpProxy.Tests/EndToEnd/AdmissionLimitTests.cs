@@ -104,5 +104,134 @@ public sealed class AdmissionLimitTests : EndToEndTest
         });
     }
 
+    [Theory(Timeout = Quick)]
+    [InlineData("--max-connections")]
+    [InlineData("--max-connections-per-ip")]
+    public async Task Refused_clients_are_reset_where_that_is_asked_for(string option)
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "-l", "127.0.0.1:0", "-u", "echo", option, "1", "--refuse", "reset",
+            "-l", "127.0.0.1:0", "-u", "echo", option, "1");
+        for (int i = 0; i < 2; i++)
+        {
+            Peer first = await Given.Client(proxy, i);
+            await first.Ask("hello");
+            Peer second = await Given.Client(proxy, i);
+            await (i == 0 ? second.ExpectReset() : second.ExpectEnd());
+            first.Finish();
+            await first.ExpectEnd(); // one that was served ends well
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Over_the_limit_clients_wait_in_order_where_there_is_a_queue()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", "echo", "--max-connections", "1", "--queue", "2", "--queue-timeout", "30s");
+        Peer[] clients = new Peer[3];
+        for (int i = 0; i < 3; i++)
+        {
+            clients[i] = await Given.Client(proxy);
+            if (i == 0)
+            {
+                await clients[i].Ask("hello");
+            }
+            else
+            {
+                await clients[i].Send($"{i}");
+            }
+        }
+
+        Peer fourth = await Given.Client(proxy);
+        await fourth.ExpectEnd();
+        Assert.Equal("connection limit", (await proxy.Connection(fourth)).Reason);
+        for (int i = 1; i < 3; i++)
+        {
+            Task<byte[]> answer = clients[i].Receive(1);
+            await Wait.Pause(300);
+            Assert.False(answer.IsCompleted, $"{i} is served before its turn");
+            clients[i - 1].Finish();
+            await clients[i - 1].Drain();
+            Assert.Equal([(byte)('0' + i)], await answer);
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Who_waits_too_long_or_leaves_is_taken_out_of_the_queue()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "-l", "127.0.0.1:0", "-u", "echo", "--max-connections", "1", "--queue", "5", "--queue-timeout", "1s",
+            "-l", "127.0.0.1:0", "-u", "echo", "--max-connections", "1", "--queue", "5", "--queue-timeout", "30s");
+        for (int i = 0; i < 2; i++)
+        {
+            await (await Given.Client(proxy, i)).Ask("hello");
+        }
+
+        Peer patient = await Given.Client(proxy, 0);
+        Peer leaving = await Given.Client(proxy, 1);
+        leaving.Finish();
+        await patient.ExpectEnd();
+        Assert.Equal(("sQ", "queue timeout"), ((await proxy.Connection(patient)).End, (await proxy.Connection(patient)).Reason));
+        Assert.Equal(("CQ", "client left"), ((await proxy.Connection(leaving)).End, (await proxy.Connection(leaving)).Reason));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Room_in_another_route_is_noticed_by_those_who_wait_for_the_process()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "--max-connections", "1", "--queue", "5", "--queue-timeout", "30s",
+            "-l", "127.0.0.1:0", "-u", "echo", "-l", "127.0.0.1:0", "-u", "echo");
+        Peer first = await Given.Client(proxy, 0);
+        await first.Ask("hello");
+        Peer second = await Given.Client(proxy, 1);
+        await second.Send("x");
+        first.Finish();
+        await first.ExpectEnd();
+        Assert.Equal("x"u8.ToArray(), await second.Receive(1));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Of_a_flood_of_refused_clients_the_log_has_some_and_a_count_of_the_rest()
+    {
+        const int Count = 2_000;
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--max-connections", "1");
+        Peer first = await Given.Client(proxy);
+        await first.Ask("hello");
+        Stopwatch clock = Stopwatch.StartNew();
+        await Wait.Many(Count, 8, async _ =>
+        {
+            using Peer peer = await Peer.Connect(proxy.Endpoint());
+            await peer.Drain();
+        });
+        int seconds = (int)clock.Elapsed.TotalSeconds;
+        await Wait.Until(() => Logged() + LeftOut() == Count, "every refused client in the log or counted");
+        Assert.InRange(Logged(), 100, 100 * (seconds + 2));
+        Assert.InRange(proxy.Lines.Count(l => l.Event == "refused"), 1, seconds + 2);
+        Assert.All(proxy.Lines.Where(l => l.Event == "refused"), l => Assert.Equal("127.0.0.1:0", l["route"]));
+        await first.Ask("still here");
+
+        int Logged() => proxy.Lines.Count(l => l.Event == "connection" && l.End == "PC");
+
+        long LeftOut() => proxy.Lines.Where(l => l.Event == "refused").Sum(l => l.Number("left_out"));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Lifetimes_with_jitter_end_one_after_the_other()
+    {
+        const int Count = 30;
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--max-lifetime", "1s 2s");
+        for (int i = 0; i < Count; i++)
+        {
+            await (await Given.Client(proxy)).Ask("hello");
+        }
+
+        List<LogLine> lines = await proxy.LinesOf("connection", Count);
+        Assert.All(lines, l => Assert.Equal("max lifetime", l.Reason));
+        long[] lives = [.. lines.Select(l => l.Number("duration_ms")).Order()];
+        Assert.InRange(lives[0], 990, 1_900);
+        Assert.InRange(lives[^1], 2_100, 3_800);
+        Assert.InRange(lives[Count / 2], 1_400, 2_900);
+    }
+
     private Task<Peer> From(EndPoint to, string address) => Given.Client(to, new IPEndPoint(IPAddress.Parse(address), 0));
 }
