@@ -987,7 +987,7 @@ internal sealed class Route
             : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
         Refusals = new Refusals(Title, log);
         Addresses = settings.Limits.HasAddresses ? new AddressTable(settings.Limits, Title, log) : null;
-        Rates = Rates.Of(settings.Bridge);
+        Rates = settings.Bridge.HasRates ? new Rates(settings.Bridge) : null;
         foreach (UpstreamSettings upstream in settings.Upstreams)
         {
             string group = Group(upstream);
@@ -1765,22 +1765,16 @@ internal sealed class ConnectRate(long interval, int burst)
     /// <exception cref="FormatException">it is no rate</exception>
     internal static ConnectRate? Parse(string text)
     {
-        if (text is "off" or "0")
-        {
-            return null;
-        }
-
         string[] words = text.Split(' ', StringSplitOptions.RemoveEmptyEntries);
-        int unit = words.Length is not (1 or 2) ? 0 : words[0].EndsWith("/s", StringComparison.Ordinal) ? 1
-            : words[0].EndsWith("/m", StringComparison.Ordinal) ? 60 : 0;
-        if (unit == 0)
+        string unit = words.Length is 1 or 2 ? words[0][^Math.Min(2, words[0].Length)..] : "";
+        if (unit is not ("/s" or "/m") && text is not ("off" or "0"))
         {
             throw new FormatException($"'{text}' is not a rate; write 10/s, 100/m, off, or '10/s 50' where 50 may come at once");
         }
 
-        int count = Units.ParseCount(words[0][..^2], most: Most);
+        int count = text is "off" or "0" ? 0 : Units.ParseCount(words[0].Replace(unit, "", StringComparison.Ordinal), most: Most);
         int burst = words.Length == 1 ? count : Units.ParseCount(words[1], least: 1, most: Most);
-        return count == 0 ? null : new ConnectRate(Stopwatch.Frequency * unit / count, burst);
+        return count == 0 ? null : new ConnectRate(Stopwatch.Frequency * (unit == "/m" ? 60 : 1) / count, burst);
     }
 
     internal bool TryTake(ref long fullAt, long now)
@@ -1825,7 +1819,12 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
             int place = Find(tag);
             if (place < 0)
             {
-                SayFull();
+                if (!_isFull)
+                {
+                    log.Event(LogLevel.Warn, "addresses", "too many client addresses at once: some are not counted", route);
+                }
+
+                _isFull = true;
                 return place;
             }
 
@@ -1882,15 +1881,6 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
         return high ^ low;
     }
 
-    private void SayFull()
-    {
-        if (!_isFull)
-        {
-            _isFull = true;
-            log.Event(LogLevel.Warn, "addresses", "too many client addresses at once: some are not counted", route);
-        }
-    }
-
     private struct Entry
     {
         internal ulong Tag; // of the address
@@ -1907,26 +1897,20 @@ internal sealed class Refusals(string route, Log log) : Watched
 
     private readonly Lock _gate = new();
     private long _since;
-    private int _lines; // since then
-    private long _leftOut;
+    private int _count; // since then
 
     internal bool IsWorthLine(long now)
     {
         lock (_gate)
         {
             Roll(now);
-            if (_lines < Most)
+            _count++;
+            if (_count == Most + 1)
             {
-                _lines++;
-                return true;
+                Sweep.Add(this); // which says how many were left out, should nobody come any more
             }
 
-            if (_leftOut++ == 0)
-            {
-                Sweep.Add(this);
-            }
-
-            return false;
+            return _count <= Most;
         }
     }
 
@@ -1935,27 +1919,24 @@ internal sealed class Refusals(string route, Log log) : Watched
         lock (_gate)
         {
             Roll(now);
+            return true;
         }
-
-        return true;
     }
 
     internal override void Stop() => Check(long.MaxValue);
 
     private void Roll(long now)
     {
-        if (now - _since < Second)
+        if (now - _since >= Second)
         {
-            return;
-        }
+            if (_count > Most)
+            {
+                log.Event(LogLevel.Info, "refused", $"{Text.Count(_count - Most, "refused client")} left out", route);
+                Sweep.Remove(this);
+            }
 
-        if (_leftOut > 0)
-        {
-            log.Count(LogLevel.Info, "refused", "left_out", _leftOut, route);
-            Sweep.Remove(this);
+            (_since, _count) = (now, 0);
         }
-
-        (_since, _lines, _leftOut) = (now, 0, 0);
     }
 }
 
@@ -3293,6 +3274,7 @@ internal sealed class BridgeSettings
     internal long RateDown { get; set; }
     internal long RateTotalUp { get; set; } // of all connections together, as below
     internal long RateTotalDown { get; set; }
+    internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
 
@@ -3309,33 +3291,17 @@ internal sealed class BridgeSettings
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
 }
 
-/// <summary>The rates of a route at run time.</summary>
-internal sealed class Rates
+/// <summary>The rates of a route at run time: buckets of its own, which its connections share.</summary>
+internal sealed class Rates(BridgeSettings settings)
 {
-    private readonly BridgeSettings _settings;
-    private readonly ByteRate[] _up; // the total that connections share; none where there is no bound
-    private readonly ByteRate[] _down;
-
-    private Rates(BridgeSettings settings)
-    {
-        _settings = settings;
-        (_up, _down) = (Bucket(settings.RateTotalUp), Bucket(settings.RateTotalDown));
-    }
-
-    /// <summary>Null where a route has none.</summary>
-    internal static Rates? Of(BridgeSettings settings) =>
-        (settings.RateUp | settings.RateDown | settings.RateTotalUp | settings.RateTotalDown) == 0 ? null : new Rates(settings);
+    private readonly ByteRate[] _up = ByteRate.Of(settings.RateTotalUp);
+    private readonly ByteRate[] _down = ByteRate.Of(settings.RateTotalDown);
 
     /// <summary>For the pump from the client of a new connection. What echo gets it also gives.</summary>
-    internal Throttle? Up(bool isEcho) => Throttle.Of(isEcho ? [.. OfUp(), .. OfDown()] : OfUp());
+    internal Throttle? Up(Socket client, bool isEcho) => Throttle.Of(
+        client, [.. ByteRate.Of(settings.RateUp), .. _up, .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
 
-    internal Throttle? Down() => Throttle.Of(OfDown());
-
-    private ByteRate[] OfUp() => [.. Bucket(_settings.RateUp), .. _up];
-
-    private ByteRate[] OfDown() => [.. Bucket(_settings.RateDown), .. _down];
-
-    private static ByteRate[] Bucket(long rate) => rate == 0 ? [] : [new ByteRate(rate)];
+    internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
@@ -3420,9 +3386,9 @@ internal sealed class Bridge : PumpOwner
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(_isEcho));
+            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho));
         _down = upstream is null ? null
-            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0, rates?.Down());
+            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0, rates?.Down(upstream));
         _references = _down is null ? 1 : 2;
         client.Blocking = false;
         if (upstream is not null)
@@ -3514,8 +3480,6 @@ internal sealed class Bridge : PumpOwner
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
         Close(_upstream, first);
-        _up.StopWaiting();
-        _down?.StopWaiting();
 
         static void Close(Socket? socket, CloseReason reason)
         {
@@ -3732,7 +3696,7 @@ internal sealed class Pump(
         while (true)
         {
             int most = (int)Math.Min(_left, throttle is null ? SpliceFactor * bufferSize : bufferSize); // equal parts for all
-            most = throttle is null ? most : await TakeAsync(throttle, most);
+            most = throttle is null ? most : await throttle.TakeAsync(most);
             Pipe? pipe = Pipe.OfThread();
             int length = pipe?.Fill(Source, most) ?? Pipe.NothingYet;
             throttle?.GiveBack(most - Math.Max(length, 0));
@@ -3820,32 +3784,17 @@ internal sealed class Pump(
         return receiving;
     }
 
-    /// <summary>Bytes of a shared rate are taken when there is something to receive: who is silent holds none.</summary>
+    /// <summary>Bytes of a rate are taken when there is something to receive: who is silent holds none.</summary>
     private async ValueTask<int> ReceiveThrottledAsync(Throttle throttle)
     {
         await Source.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // only waits
-        int most = await TakeAsync(throttle, (int)Math.Min(_left, bufferSize));
-        int length = 0;
-        try
-        {
-            return length = await ReceiveAsync(most);
-        }
-        finally
-        {
-            throttle.GiveBack(most - length);
-        }
-    }
-
-    private async ValueTask<int> TakeAsync(Throttle throttle, int most)
-    {
         IsSending = true;
-        most = await throttle.TakeAsync(most);
+        int most = await throttle.TakeAsync((int)Math.Min(_left, bufferSize));
         IsSending = false;
-        return most;
+        int length = await ReceiveAsync(most);
+        throttle.GiveBack(most - length);
+        return length;
     }
-
-    /// <summary>The sockets are closed: a pump that waits for its rate finds out now.</summary>
-    internal void StopWaiting() => throttle?.Stop();
 
     private bool IsTurnOver()
     {
@@ -3954,18 +3903,16 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
 /// <summary>What one pump may receive, as its rates allow.</summary>
 internal sealed class Throttle : IValueTaskSource<int>
 {
+    private readonly Socket _source;
     private readonly ByteRate[] _rates;
     private ManualResetValueTaskSourceCore<int> _wait = new() { RunContinuationsAsynchronously = true };
+    private int _wanted;
 
-    private Throttle(ByteRate[] rates) => _rates = rates;
+    private Throttle(Socket source, ByteRate[] rates) => (_source, _rates) = (source, rates);
 
-    internal ByteRate? Line { get; private set; } // in which it waits; under that one's lock, as the next
-    internal int Wanted { get; private set; }
-    internal bool IsStopped { get; private set; }
+    internal static Throttle? Of(Socket source, ByteRate[] rates) => rates.Length == 0 ? null : new Throttle(source, rates);
 
-    internal static Throttle? Of(ByteRate[] rates) => rates.Length == 0 ? null : new Throttle(rates);
-
-    /// <summary>Takes up to <paramref name="most"/> bytes, when it is time; 0 once it is stopped.</summary>
+    /// <summary>Takes up to <paramref name="most"/> bytes, when it is time; 0 where the source is closed meanwhile.</summary>
     internal async ValueTask<int> TakeAsync(int most)
     {
         for (int i = 0; i < _rates.Length; i++)
@@ -3980,25 +3927,17 @@ internal sealed class Throttle : IValueTaskSource<int>
 
     internal void GiveBack(int bytes) => GiveBack(bytes, _rates.Length);
 
-    /// <summary>Ends its wait, and lets it never wait again.</summary>
-    internal void Stop()
-    {
-        IsStopped = true;
-        Array.ForEach(_rates, rate => rate.Leave(this)); // the lock makes it seen
-    }
+    /// <summary>How much it waits for in the line of a bucket, in which it stands from now on.</summary>
+    internal int Wanted => _source.SafeHandle.IsClosed ? 0 : _wanted;
 
-    internal ValueTask<int> WaitAsync(ByteRate line, int wanted)
+    internal ValueTask<int> WaitAsync(int wanted)
     {
-        (Line, Wanted) = (line, wanted);
+        _wanted = wanted;
         _wait.Reset();
         return new ValueTask<int>(this, _wait.Version);
     }
 
-    internal void Go(int bytes)
-    {
-        Line = null;
-        _wait.SetResult(bytes);
-    }
+    internal void Go(int bytes) => _wait.SetResult(bytes);
 
     public int GetResult(short token) => _wait.GetResult(token);
 
@@ -4023,9 +3962,12 @@ internal sealed class ByteRate(long rate)
     private const int Slices = 100; // a second
     private const int Depths = 20; // a second
 
-    private readonly Queue<Throttle> _line = []; // under itself, as all below it; who is stopped stays in it till its turn
+    private readonly List<Throttle> _line = []; // under itself, as all below it
     private double _bytes;
     private long _filledAt = Stopwatch.GetTimestamp();
+
+    /// <summary>None where there is no bound.</summary>
+    internal static ByteRate[] Of(long rate) => rate == 0 ? [] : [new ByteRate(rate)];
 
     internal ValueTask<int> TakeAsync(Throttle throttle, int most)
     {
@@ -4033,21 +3975,19 @@ internal sealed class ByteRate(long rate)
         lock (_line)
         {
             Fill();
-            if (throttle.IsStopped || (_line.Count == 0 && _bytes >= wanted))
+            if (_line.Count == 0 && _bytes >= wanted)
             {
-                wanted = throttle.IsStopped ? 0 : wanted;
                 _bytes -= wanted;
                 return new ValueTask<int>(wanted);
             }
 
-            ValueTask<int> wait = throttle.WaitAsync(this, wanted);
-            _line.Enqueue(throttle);
-            if (_line.Count == 1)
+            if (_line.Count == 0)
             {
                 Pacer.Add(this);
             }
 
-            return wait;
+            _line.Add(throttle);
+            return throttle.WaitAsync(wanted);
         }
     }
 
@@ -4059,33 +3999,26 @@ internal sealed class ByteRate(long rate)
         }
     }
 
-    internal void Leave(Throttle throttle)
-    {
-        lock (_line)
-        {
-            if (throttle.Line == this)
-            {
-                throttle.Go(0);
-            }
-        }
-    }
-
-    /// <summary>Lets go whom there is enough for. False when nobody waits any more.</summary>
+    /// <summary>Lets go whom there is enough for, and who has nothing to wait for. False when nobody waits any more.</summary>
     internal bool Serve()
     {
         lock (_line)
         {
             Fill();
-            while (_line.TryPeek(out Throttle? first) && (first.Line != this || _bytes >= first.Wanted))
+            bool isOver = false;
+            _line.RemoveAll(throttle =>
             {
-                _line.Dequeue();
-                if (first.Line == this)
+                int wanted = throttle.Wanted;
+                isOver |= wanted > _bytes;
+                if (isOver && wanted > 0)
                 {
-                    _bytes -= first.Wanted;
-                    first.Go(first.Wanted);
+                    return false;
                 }
-            }
 
+                _bytes -= wanted;
+                throttle.Go(wanted);
+                return true;
+            });
             return _line.Count > 0;
         }
     }
@@ -4105,8 +4038,8 @@ internal static class Pacer
 {
     private const int Turn = 4; // ms
 
-    private static readonly List<ByteRate> Waiting = []; // under itself
-    private static Thread? _thread;
+    private static readonly List<ByteRate> Waiting = []; // under itself, as the next
+    private static bool _isRunning;
 
     internal static void Add(ByteRate rate)
     {
@@ -4114,10 +4047,10 @@ internal static class Pacer
         {
             Waiting.Add(rate);
             Monitor.Pulse(Waiting);
-            if (_thread is null)
+            if (!_isRunning)
             {
-                _thread = new Thread(Run, 128 << 10) { IsBackground = true, Name = "pacer" };
-                _thread.Start();
+                _isRunning = true;
+                new Thread(Run, 128 << 10) { IsBackground = true, Name = "pacer" }.Start();
             }
         }
     }
@@ -4761,17 +4694,9 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
 }
 
 /// <summary>A line whose point is a number.</summary>
-internal sealed class CountLine(LogLevel level, string name, string key, long count, string? route) : LogLine(level, name)
+internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
-    protected override void AddKeys(LogText text)
-    {
-        if (route is not null)
-        {
-            text.Add("route", route);
-        }
-
-        text.Add(key, count);
-    }
+    protected override void AddKeys(LogText text) => text.Add(key, count);
 }
 
 /// <summary>A server goes down or comes up.</summary>
@@ -4948,8 +4873,8 @@ internal sealed class Log : IDisposable
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
         Write(new MessageLine(level, name, route, message));
 
-    internal void Count(LogLevel level, string name, string key, long count, string? route = null) =>
-        Write(new CountLine(level, name, key, count, route));
+    internal void Count(LogLevel level, string name, string key, long count) =>
+        Write(new CountLine(level, name, key, count));
 
     internal void Listening(string route, string listen, string upstream) =>
         Write(new ListeningLine(route, listen, upstream));

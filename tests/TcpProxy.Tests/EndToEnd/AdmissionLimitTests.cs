@@ -1,6 +1,7 @@
 using System;
 using System.Collections.Generic;
 using System.Diagnostics;
+using System.Globalization;
 using System.Linq;
 using System.Net;
 using System.Threading.Tasks;
@@ -212,7 +213,7 @@ public sealed class AdmissionLimitTests : EndToEndTest
 
         int Logged() => proxy.Lines.Count(l => l.Event == "connection" && l.End == "PC");
 
-        long LeftOut() => proxy.Lines.Where(l => l.Event == "refused").Sum(l => l.Number("left_out"));
+        int LeftOut() => proxy.Lines.Where(l => l.Event == "refused").Sum(l => int.Parse(l["message"].Split(' ')[0], CultureInfo.InvariantCulture));
     }
 
     [Fact(Timeout = Quick)]

@@ -1,5 +1,6 @@
 using System;
 using System.Diagnostics;
+using System.Globalization;
 using System.Linq;
 using System.Net.Sockets;
 using System.Text;
@@ -193,7 +194,7 @@ public sealed class LimitTests : EndToEndTest
             Assert.InRange(data.Length, 0, 1);
         });
         await Wait.Until(
-            () => proxy.Lines.Sum(l => l.Event == "refused" ? l.Number("left_out") : l.Event == "connection" ? 1 : 0) == 500,
+            () => proxy.Lines.Sum(l => l.Event == "refused" ? int.Parse(l["message"].Split(' ')[0], CultureInfo.InvariantCulture) : l.Event == "connection" ? 1 : 0) == 500,
             "every client in the log, or counted");
         Assert.InRange(proxy.Lines.Count(l => l.Event == "connection" && l.End == "PC"), 1, 499);
 
