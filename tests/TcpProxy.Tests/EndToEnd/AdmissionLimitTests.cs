@@ -153,7 +153,9 @@ public sealed class AdmissionLimitTests : EndToEndTest
             Assert.False(answer.IsCompleted, $"{i} is served before its turn");
             clients[i - 1].Finish();
             await clients[i - 1].Drain();
+            Stopwatch clock = Stopwatch.StartNew();
             Assert.Equal([(byte)('0' + i)], await answer);
+            Assert.InRange(clock.ElapsedMilliseconds, 0, 500); // who leaves calls the next: the sweep would come within a second
         }
     }
 
