@@ -70,7 +70,7 @@
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
-//    9 PUMP        one direction: receive, send; the buffer
+//    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 PREREAD     PROXY protocol in and out, TLS server name
 //   11 OBSERVE     log lines, written off the data path
 //   12 PLATFORM    the sweep, addresses, units, text, libc
