@@ -70,7 +70,7 @@
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
-//    9 PUMP        one direction: receive, send; the buffer
+//    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 PREREAD     PROXY protocol in and out, TLS server name
 //   11 OBSERVE     log lines, written off the data path
 //   12 PLATFORM    the sweep, addresses, units, text, libc
@@ -92,6 +92,7 @@ using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
 using System.Threading.Tasks;
+using System.Threading.Tasks.Sources;
 using Microsoft.Win32.SafeHandles;
 
 namespace TcpProxy;
@@ -264,12 +265,29 @@ internal sealed class Option(
             (_, r, v) => r.Pool.CheckExpect = Text.Unescape(v)),
 
         new("max-connections", '\0', "N", "limits", Scope.Route, "off",
-            "Close at once what comes beyond N connections. Before the first --listen it also bounds the sum over "
-            + "all routes.",
+            "Close at once what comes beyond N connections and finds no place in the --queue. Before the first --listen it "
+            + "also bounds the sum over all routes.",
             (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
+        new("max-connections-per-ip", '\0', "N", "limits", Scope.Route, "off",
+            "The same for one client address, which is the one in the PROXY header where --accept-proxy reads one.",
+            (_, r, v) => r.Limits.MaxPerAddress = Units.ParseCount(v)),
+        new("ip6-prefix", '\0', "BITS", "limits", Scope.Route, "64",
+            "Of IPv6, so many bits are one client address.",
+            (_, r, v) => r.Limits.Ip6Prefix = Units.ParseCount(v, least: 1, most: 128)),
+        new("connect-rate", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
+            "Close at once what comes faster than N connections a second (N/m: a minute). Up to BURST may come at once (N).",
+            (_, r, v) => r.Limits.Rate = ConnectRate.Parse(v)),
+        new("connect-rate-per-ip", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
+            "The same for one client address. A route keeps count of 131,072 addresses in 3 MB; where there are too many with "
+            + "connections, some are not counted, and the log says so.",
+            (_, r, v) => r.Limits.RatePerAddress = ConnectRate.Parse(v)),
+        new("refuse", '\0', "close|reset", "limits", Scope.Route, "close",
+            "Close clients that are refused in good order (FIN), or reset them (RST). Of a flood of them the log has 100 lines "
+            + "a second, and how many were left out.",
+            (_, r, v) => r.Limits.IsResetting = Text.ParseWord(v, "way", "close", "reset") == 1),
         new("queue", '\0', "N", "limits", Scope.Route, "0",
-            "When every server has its max-connections, let up to N clients wait in order. Beyond that they are closed at "
-            + "once.",
+            "When every server has its max-connections, or the route, let up to N clients wait in order. Beyond that they "
+            + "are closed at once.",
             (_, r, v) => r.Pool.Queue = Units.ParseCount(v)),
         new("queue-timeout", '\0', "TIME", "limits", Scope.Route, "5s",
             "Close a client that has waited for TIME.",
@@ -280,9 +298,22 @@ internal sealed class Option(
         new("max-bytes-down", '\0', "SIZE", "limits", Scope.Route, "off",
             "End a connection when exactly SIZE bytes have passed to the client.",
             (_, r, v) => r.Bridge.MaxBytesDown = Units.ParseSize(v)),
-        new("max-lifetime", '\0', "TIME", "limits", Scope.Route, "off",
-            "End a connection that is TIME old.",
-            (_, r, v) => r.Bridge.MaxLifetime = Units.ParseTime(v)),
+        new("rate-up", '\0', "RATE", "limits", Scope.Route, "off",
+            "Let no more than RATE bytes pass from the client of each connection, as in 512k/s. What comes faster is not "
+            + "received before its time, so the sender slows down. After a pause at most 50 ms' worth passes at once.",
+            (_, r, v) => r.Bridge.RateUp = Units.ParseRate(v)),
+        new("rate-down", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same, to the client.",
+            (_, r, v) => r.Bridge.RateDown = Units.ParseRate(v)),
+        new("rate-total-up", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same from all clients of the route together. Those who send have equal parts of it.",
+            (_, r, v) => r.Bridge.RateTotalUp = Units.ParseRate(v)),
+        new("rate-total-down", '\0', "RATE", "limits", Scope.Route, "off",
+            "The same to all clients of the route together.",
+            (_, r, v) => r.Bridge.RateTotalDown = Units.ParseRate(v)),
+        new("max-lifetime", '\0', "TIME [JITTER]", "limits", Scope.Route, "off",
+            "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not all end at once.",
+            (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v)),
 
         new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
             "End a connection in which nothing has moved for TIME.",
@@ -863,6 +894,7 @@ internal sealed class RouteSettings
     internal ListenAddress? Listen { get; set; }
     internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
+    internal LimitSettings Limits { get; private set; } = new();
     internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -875,6 +907,7 @@ internal sealed class RouteSettings
     {
         RouteSettings copy = (RouteSettings)MemberwiseClone();
         copy.Upstreams = [.. Upstreams];
+        copy.Limits = Limits.Clone();
         copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
@@ -943,12 +976,18 @@ internal sealed class RouteSettings
 internal sealed class Route
 {
     private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
+    private long _rate; // the state of its connect rate
 
     internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
     {
         Settings = settings;
         Title = settings.Title;
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
+        Line = settings.Pool.Queue == 0 ? null
+            : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
+        Refusals = new Refusals(Title, log);
+        Addresses = settings.Limits.HasAddresses ? new AddressTable(settings.Limits, Title, log) : null;
+        Rates = settings.Bridge.HasRates ? new Rates(settings.Bridge) : null;
         foreach (UpstreamSettings upstream in settings.Upstreams)
         {
             string group = Group(upstream);
@@ -974,12 +1013,30 @@ internal sealed class Route
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
+    internal WaitingLine? Line { get; } // for room among the connections
+    internal Refusals Refusals { get; }
+    internal AddressTable? Addresses { get; }
+    internal Rates? Rates { get; }
     internal List<UpstreamPool> Pools { get; } = [];
     internal UpstreamPool? Pool { get; } // for those whom no --sni names
     internal bool NeedsName { get; }
 
     /// <summary>It needs no first bytes.</summary>
     internal bool IsPlain { get; }
+
+    /// <summary>Null when there is room for one more.</summary>
+    internal CloseReason? TryEnter() =>
+        Settings.Limits.Rate is { } rate && !rate.TryTake(ref _rate, Stopwatch.GetTimestamp()) ? CloseReason.RateReached
+        : Line is not { Count: > 0 } && Limit.TryEnter() ? null : CloseReason.LimitReached;
+
+    internal void Leave()
+    {
+        Limit.Leave();
+        if (Line is { Count: > 0 } line)
+        {
+            line.Serve();
+        }
+    }
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
@@ -1177,19 +1234,29 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            isAdmitted = route.Limit.TryEnter(); // (2)
-            if (!isAdmitted)
+            reason = route.TryEnter(); // (2)
+            if (reason == CloseReason.LimitReached && route.Line is { } queue)
             {
-                client.Dispose();
-                reason = CloseReason.LimitReached;
+                reason = await queue.EnterAsync(route.Limit.TryEnter, client);
+            }
+
+            isAdmitted = reason is null;
+            if (reason is not null)
+            {
+                Close(route, client, reason);
                 return;
             }
 
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
+            if (reason is null && route.Addresses is { } addresses)
+            {
+                line.Place = addresses.TryEnter(line.Client, Stopwatch.GetTimestamp(), out reason);
+            }
+
             if (reason is not null)
             {
-                client.Close(0);
+                Close(route, client, reason);
                 return;
             }
 
@@ -1205,21 +1272,15 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, line.BytesUp); // (5)
+                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, // (5)
+                    line.BytesUp, route.Rates);
                 _ = RelayAsync(route, connection, bridge, line);
                 return;
             }
 
             connection.Socket?.Close(0);
             connection.Release();
-            if (reason.IsOrderly)
-            {
-                client.Dispose();
-            }
-            else
-            {
-                client.Close(0); // a reset: the client must not take this for an empty answer
-            }
+            Close(route, client, reason);
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
         catch (Exception e)
@@ -1234,6 +1295,18 @@ internal sealed class Proxy
             {
                 End(route, isAdmitted, line, reason);
             }
+        }
+    }
+
+    private static void Close(Route route, Socket client, CloseReason reason)
+    {
+        if (reason.IsOrderly && !route.Settings.Limits.IsResetting)
+        {
+            client.Dispose();
+        }
+        else
+        {
+            client.Close(0); // a reset: the client must not take this for an empty answer
         }
     }
 
@@ -1288,7 +1361,8 @@ internal sealed class Proxy
     {
         if (isAdmitted)
         {
-            route.Limit.Leave();
+            route.Addresses?.Leave(line.Place);
+            route.Leave();
         }
 
         if (reason.Error is { } error)
@@ -1300,7 +1374,7 @@ internal sealed class Proxy
         {
             Exhaustion.Refused(_log); // one line an episode, not one a client
         }
-        else
+        else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
             line.Ended(reason.Code, reason.Words); // (8)
             _log.Ended(line);
@@ -1666,6 +1740,203 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
     {
         Interlocked.Decrement(ref _count);
         enclosing?.Leave();
+    }
+}
+
+internal sealed class LimitSettings
+{
+    internal int MaxPerAddress { get; set; } // 0 = off
+    internal int Ip6Prefix { get; set; } = 64; // bits
+    internal ConnectRate? Rate { get; set; } // null = off, as below
+    internal ConnectRate? RatePerAddress { get; set; }
+    internal bool IsResetting { get; set; } // those who are refused
+    internal bool HasAddresses => MaxPerAddress > 0 || RatePerAddress is not null;
+
+    internal LimitSettings Clone() => (LimitSettings)MemberwiseClone();
+}
+
+/// <summary>A token bucket of connections, whose state is one number: when it is full again (the virtual scheduling
+/// algorithm of ITU-T I.371). Times are Stopwatch's.</summary>
+internal sealed class ConnectRate(long interval, int burst)
+{
+    private const int Most = 1_000_000;
+
+    /// <summary>N/s [BURST] or N/m [BURST]; null for off.</summary>
+    /// <exception cref="FormatException">it is no rate</exception>
+    internal static ConnectRate? Parse(string text)
+    {
+        string[] words = text.Split(' ', StringSplitOptions.RemoveEmptyEntries);
+        string unit = words.Length is 1 or 2 ? words[0][^Math.Min(2, words[0].Length)..] : "";
+        if (unit is not ("/s" or "/m") && text is not ("off" or "0"))
+        {
+            throw new FormatException($"'{text}' is not a rate; write 10/s, 100/m, off, or '10/s 50' where 50 may come at once");
+        }
+
+        int count = text is "off" or "0" ? 0 : Units.ParseCount(words[0].Replace(unit, "", StringComparison.Ordinal), most: Most);
+        int burst = words.Length == 1 ? count : Units.ParseCount(words[1], least: 1, most: Most);
+        return count == 0 ? null : new ConnectRate(Stopwatch.Frequency * (unit == "/m" ? 60 : 1) / count, burst);
+    }
+
+    internal bool TryTake(ref long fullAt, long now)
+    {
+        long seen, next;
+        do
+        {
+            seen = Volatile.Read(ref fullAt);
+            next = Math.Max(seen, now) + interval;
+        }
+        while (next - now <= interval * burst && Interlocked.CompareExchange(ref fullAt, next, seen) != seen);
+        return next - now <= interval * burst;
+    }
+}
+
+/// <summary>The connections and the connect rate of each client address, in a table that never grows: an address has a
+/// place in one set of eight, and takes that of one without connections whose rate has rested longest. Where all
+/// eight have connections it is let in and not counted: to refuse it would let those who have many addresses shut out
+/// the others. Nobody can aim at a set, because addresses are hashed with a secret.</summary>
+internal sealed class AddressTable(LimitSettings settings, string route, Log log, int places = AddressTable.Places)
+{
+    internal const int Places = 1 << 17; // of 24 bytes
+    private const int Ways = 8;
+
+    private readonly Entry[] _entries = new Entry[places]; // under itself
+    private readonly ulong _secret = (ulong)Random.Shared.NextInt64() | 1;
+    private readonly ulong _otherSecret = (ulong)Random.Shared.NextInt64();
+    private bool _isFull; // has been said
+
+    /// <summary>The place, which is given to <see cref="Leave"/> in the end; -1 for one who is refused or not counted.</summary>
+    internal int TryEnter(EndPoint? client, long now, out CloseReason? refusal)
+    {
+        refusal = null;
+        if (client is not IPEndPoint { Address: var address })
+        {
+            return -1;
+        }
+
+        ulong tag = Tag(address);
+        lock (_entries)
+        {
+            int place = Find(tag);
+            if (place < 0)
+            {
+                if (!_isFull)
+                {
+                    log.Event(LogLevel.Warn, "addresses", "too many client addresses at once: some are not counted", route);
+                }
+
+                _isFull = true;
+                return place;
+            }
+
+            ref Entry entry = ref _entries[place];
+            refusal = settings.MaxPerAddress > 0 && entry.Active >= settings.MaxPerAddress ? CloseReason.AddressLimitReached
+                : settings.RatePerAddress is { } rate && !rate.TryTake(ref entry.FullAt, now) ? CloseReason.AddressRateReached
+                : null;
+            entry.Active += refusal is null ? 1 : 0;
+            return refusal is null ? place : -1;
+        }
+    }
+
+    internal void Leave(int place)
+    {
+        if (place >= 0)
+        {
+            lock (_entries)
+            {
+                _entries[place].Active--;
+            }
+        }
+    }
+
+    private int Find(ulong tag)
+    {
+        int first = (int)(tag % (ulong)(places / Ways)) * Ways;
+        int free = -1;
+        for (int i = first; i < first + Ways; i++)
+        {
+            if (_entries[i].Tag == tag)
+            {
+                return i;
+            }
+
+            free = _entries[i].Active == 0 && (free < 0 || _entries[i].FullAt < _entries[free].FullAt) ? i : free;
+        }
+
+        if (free >= 0)
+        {
+            _entries[free] = new Entry { Tag = tag };
+        }
+
+        return free;
+    }
+
+    private ulong Tag(IPAddress address)
+    {
+        Span<byte> bytes = stackalloc byte[16];
+        IPAddress wide = address.MapToIPv6();
+        wide.TryWriteBytes(bytes, out _);
+        int prefix = wide.IsIPv4MappedToIPv6 ? 128 : settings.Ip6Prefix;
+        UInt128 key = BinaryPrimitives.ReadUInt128BigEndian(bytes) & (UInt128.MaxValue << (128 - prefix));
+        ulong high = Math.BigMul((ulong)(key >> 64) ^ _secret, (ulong)key ^ _otherSecret, out ulong low);
+        return high ^ low;
+    }
+
+    private struct Entry
+    {
+        internal ulong Tag; // of the address
+        internal long FullAt; // of its rate
+        internal int Active; // connections
+    }
+}
+
+/// <summary>Bounds what refused clients cost the log: so many lines a second, then how many were left out.</summary>
+internal sealed class Refusals(string route, Log log) : Watched
+{
+    private const int Most = 100; // lines a second
+    private const int Second = 1000;
+
+    private readonly Lock _gate = new();
+    private long _since;
+    private int _count; // since then
+
+    internal bool IsWorthLine(long now)
+    {
+        lock (_gate)
+        {
+            Roll(now);
+            _count++;
+            if (_count == Most + 1)
+            {
+                Sweep.Add(this); // which says how many were left out, should nobody come any more
+            }
+
+            return _count <= Most;
+        }
+    }
+
+    internal override bool Check(long now)
+    {
+        lock (_gate)
+        {
+            Roll(now);
+            return true;
+        }
+    }
+
+    internal override void Stop() => Check(long.MaxValue);
+
+    private void Roll(long now)
+    {
+        if (now - _since >= Second)
+        {
+            if (_count > Most)
+            {
+                log.Event(LogLevel.Info, "refused", $"{Text.Count(_count - Most, "refused client")} left out", route);
+                Sweep.Remove(this);
+            }
+
+            (_since, _count) = (now, 0);
+        }
     }
 }
 
@@ -2995,9 +3266,15 @@ internal sealed class BridgeSettings
     internal TimeSpan IdleTimeout { get; set; } // zero = off, here and below
     internal TimeSpan FinTimeout { get; set; }
     internal TimeSpan MaxLifetime { get; set; }
+    internal TimeSpan LifetimeJitter { get; set; }
     internal TimeSpan Keepalive { get; set; }
     internal long MaxBytesUp { get; set; }
     internal long MaxBytesDown { get; set; }
+    internal long RateUp { get; set; } // bytes a second, as below
+    internal long RateDown { get; set; }
+    internal long RateTotalUp { get; set; } // of all connections together, as below
+    internal long RateTotalDown { get; set; }
+    internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
 
@@ -3012,6 +3289,19 @@ internal sealed class BridgeSettings
         kind == AddressKind.Echo && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
 
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
+}
+
+/// <summary>The rates of a route at run time: buckets of its own, which its connections share.</summary>
+internal sealed class Rates(BridgeSettings settings)
+{
+    private readonly ByteRate[] _up = ByteRate.Of(settings.RateTotalUp);
+    private readonly ByteRate[] _down = ByteRate.Of(settings.RateTotalDown);
+
+    /// <summary>For the pump from the client of a new connection. What echo gets it also gives.</summary>
+    internal Throttle? Up(Socket client, bool isEcho) => Throttle.Of(
+        client, [.. ByteRate.Of(settings.RateUp), .. _up, .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
+
+    internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
@@ -3031,6 +3321,9 @@ internal sealed class CloseReason(
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
+    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
+    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
     internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
     internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
     internal static readonly CloseReason LeftQueue = new("CQ", "client left");
@@ -3043,6 +3336,9 @@ internal sealed class CloseReason(
     internal string Code { get; } = code;
     internal string Words { get; } = words;
     internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
+    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
 
     /// <summary>The failure is this server's, so another may do better.</summary>
     internal bool IsWorthRetry { get; } = isWorthRetry;
@@ -3084,14 +3380,15 @@ internal sealed class Bridge : PumpOwner
     private bool _isProbed;
 
     /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
-    internal Bridge(Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0)
+    internal Bridge(
+        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed);
+            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho));
         _down = upstream is null ? null
-            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown);
+            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0, rates?.Down(upstream));
         _references = _down is null ? 1 : 2;
         client.Blocking = false;
         if (upstream is not null)
@@ -3203,7 +3500,7 @@ internal sealed class Bridge : PumpOwner
 
     internal override bool Check(long now)
     {
-        if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds)
+        if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
             return true;
@@ -3219,6 +3516,9 @@ internal sealed class Bridge : PumpOwner
             return true; // it has just been closed
         }
     }
+
+    /// <summary>Always the same for this bridge: the runtime's hash of it is a random number of 26 bits, which costs no field.</summary>
+    private double Jitter() => RuntimeHelpers.GetHashCode(this) / (double)(1 << 26) * _settings.LifetimeJitter.TotalMilliseconds;
 
     private void Probe(long now)
     {
@@ -3313,7 +3613,7 @@ internal abstract class PumpOwner : Watched
 }
 
 internal sealed class Pump(
-    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0)
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
@@ -3327,7 +3627,7 @@ internal sealed class Pump(
     internal Socket? Target { get; } = target; // null: what comes is dropped
     internal long Bytes { get; private set; } = passed;
 
-    /// <summary>It waits for the target, not for the source.</summary>
+    /// <summary>It waits for the target, or for its rate, not for the source.</summary>
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
@@ -3341,7 +3641,7 @@ internal sealed class Pump(
             int full = 0;
             while (end == PumpEnd.NotYet)
             {
-                int length = await ReceiveAsync(_left);
+                int length = await (throttle is null ? ReceiveAsync(_left) : ReceiveThrottledAsync(throttle));
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
@@ -3395,8 +3695,11 @@ internal sealed class Pump(
     {
         while (true)
         {
+            int most = (int)Math.Min(_left, throttle is null ? SpliceFactor * bufferSize : bufferSize); // equal parts for all
+            most = throttle is null ? most : await throttle.TakeAsync(most);
             Pipe? pipe = Pipe.OfThread();
-            int length = pipe?.Fill(Source, (int)Math.Min(_left, SpliceFactor * bufferSize)) ?? Pipe.NothingYet;
+            int length = pipe?.Fill(Source, most) ?? Pipe.NothingYet;
+            throttle?.GiveBack(most - Math.Max(length, 0));
             if (length <= 0)
             {
                 if (length == 0 || pipe is null || _burst < bufferSize)
@@ -3479,6 +3782,18 @@ internal sealed class Pump(
         }
 
         return receiving;
+    }
+
+    /// <summary>Bytes of a rate are taken when there is something to receive: who is silent holds none.</summary>
+    private async ValueTask<int> ReceiveThrottledAsync(Throttle throttle)
+    {
+        await Source.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // only waits
+        IsSending = true;
+        int most = await throttle.TakeAsync((int)Math.Min(_left, bufferSize));
+        IsSending = false;
+        int length = await ReceiveAsync(most);
+        throttle.GiveBack(most - length);
+        return length;
     }
 
     private bool IsTurnOver()
@@ -3578,6 +3893,187 @@ internal sealed class ReceiveBuffer(int size) : MemoryManager<byte>
     }
 
     protected override void Dispose(bool disposing) => GiveBack();
+}
+
+// ---- rates
+//
+// A pump with a rate takes bytes from token buckets, its own and the route's, before it receives them. Who finds too
+// little waits in the line of that bucket; one thread serves the lines.
+
+/// <summary>What one pump may receive, as its rates allow.</summary>
+internal sealed class Throttle : IValueTaskSource<int>
+{
+    private readonly Socket _source;
+    private readonly ByteRate[] _rates;
+    private ManualResetValueTaskSourceCore<int> _wait = new() { RunContinuationsAsynchronously = true };
+    private int _wanted;
+
+    private Throttle(Socket source, ByteRate[] rates) => (_source, _rates) = (source, rates);
+
+    internal static Throttle? Of(Socket source, ByteRate[] rates) => rates.Length == 0 ? null : new Throttle(source, rates);
+
+    /// <summary>Takes up to <paramref name="most"/> bytes, when it is time; 0 where the source is closed meanwhile.</summary>
+    internal async ValueTask<int> TakeAsync(int most)
+    {
+        for (int i = 0; i < _rates.Length; i++)
+        {
+            int taken = await _rates[i].TakeAsync(this, most);
+            GiveBack(most - taken, i);
+            most = taken;
+        }
+
+        return most;
+    }
+
+    internal void GiveBack(int bytes) => GiveBack(bytes, _rates.Length);
+
+    /// <summary>How much it waits for in the line of a bucket, in which it stands from now on.</summary>
+    internal int Wanted => _source.SafeHandle.IsClosed ? 0 : _wanted;
+
+    internal ValueTask<int> WaitAsync(int wanted)
+    {
+        _wanted = wanted;
+        _wait.Reset();
+        return new ValueTask<int>(this, _wait.Version);
+    }
+
+    internal void Go(int bytes) => _wait.SetResult(bytes);
+
+    public int GetResult(short token) => _wait.GetResult(token);
+
+    public ValueTaskSourceStatus GetStatus(short token) => _wait.GetStatus(token);
+
+    public void OnCompleted(Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags) =>
+        _wait.OnCompleted(continuation, state, token, flags);
+
+    private void GiveBack(int bytes, int count)
+    {
+        for (int i = 0; i < count && bytes > 0; i++)
+        {
+            _rates[i].GiveBack(bytes);
+        }
+    }
+}
+
+/// <summary>A token bucket: <paramref name="rate"/> bytes a second, given out in slices of 10 ms in the order of the line,
+/// so that those who share it have equal parts. It holds what comes in 50 ms, which makes up for a late wake-up.</summary>
+internal sealed class ByteRate(long rate)
+{
+    private const int Slices = 100; // a second
+    private const int Depths = 20; // a second
+
+    private readonly List<Throttle> _line = []; // under itself, as all below it
+    private double _bytes;
+    private long _filledAt = Stopwatch.GetTimestamp();
+
+    /// <summary>None where there is no bound.</summary>
+    internal static ByteRate[] Of(long rate) => rate == 0 ? [] : [new ByteRate(rate)];
+
+    internal ValueTask<int> TakeAsync(Throttle throttle, int most)
+    {
+        int wanted = (int)Math.Min(most, Math.Max(1, rate / Slices));
+        lock (_line)
+        {
+            Fill();
+            if (_line.Count == 0 && _bytes >= wanted)
+            {
+                _bytes -= wanted;
+                return new ValueTask<int>(wanted);
+            }
+
+            if (_line.Count == 0)
+            {
+                Pacer.Add(this);
+            }
+
+            _line.Add(throttle);
+            return throttle.WaitAsync(wanted);
+        }
+    }
+
+    internal void GiveBack(int bytes)
+    {
+        lock (_line)
+        {
+            _bytes += bytes;
+        }
+    }
+
+    /// <summary>Lets go whom there is enough for, and who has nothing to wait for. False when nobody waits any more.</summary>
+    internal bool Serve()
+    {
+        lock (_line)
+        {
+            Fill();
+            bool isOver = false;
+            _line.RemoveAll(throttle =>
+            {
+                int wanted = throttle.Wanted;
+                isOver |= wanted > _bytes;
+                if (isOver && wanted > 0)
+                {
+                    return false;
+                }
+
+                _bytes -= wanted;
+                throttle.Go(wanted);
+                return true;
+            });
+            return _line.Count > 0;
+        }
+    }
+
+    private void Fill()
+    {
+        long now = Stopwatch.GetTimestamp();
+        double most = Math.Max(1, (double)rate / Depths);
+        _bytes = Math.Min(most, _bytes + ((double)(now - _filledAt) / Stopwatch.Frequency * rate));
+        _filledAt = now;
+    }
+}
+
+/// <summary>The one thread that serves the lines, all of them every 4 ms: hardly one in which somebody waits is not due
+/// within 10. It sleeps while nobody waits.</summary>
+internal static class Pacer
+{
+    private const int Turn = 4; // ms
+
+    private static readonly List<ByteRate> Waiting = []; // under itself, as the next
+    private static bool _isRunning;
+
+    internal static void Add(ByteRate rate)
+    {
+        lock (Waiting)
+        {
+            Waiting.Add(rate);
+            Monitor.Pulse(Waiting);
+            if (!_isRunning)
+            {
+                _isRunning = true;
+                new Thread(Run, 128 << 10) { IsBackground = true, Name = "pacer" }.Start();
+            }
+        }
+    }
+
+    private static void Run()
+    {
+        List<ByteRate> seen = [];
+        while (true)
+        {
+            Thread.Sleep(Turn);
+            seen.RemoveAll(rate => !rate.Serve());
+            lock (Waiting)
+            {
+                while (seen.Count + Waiting.Count == 0)
+                {
+                    Monitor.Wait(Waiting);
+                }
+
+                seen.AddRange(Waiting);
+                Waiting.Clear();
+            }
+        }
+    }
 }
 
 // == 10  PREREAD ====================================================================================================
@@ -4237,6 +4733,7 @@ internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "con
     private string _reason = "";
 
     internal EndPoint? Client { get; set; }
+    internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
@@ -5328,6 +5825,14 @@ internal static class Units
             : throw new FormatException($"'{text}' is too long; at most {Text(TimeSpan.FromMilliseconds(Longest))}, or off");
     }
 
+    /// <summary>TIME [SECOND]</summary>
+    /// <exception cref="FormatException">it is no time, or more than two</exception>
+    internal static (TimeSpan First, TimeSpan Second) ParseTimes(string text)
+    {
+        int blank = text.IndexOf(' ', StringComparison.Ordinal);
+        return blank < 0 ? (ParseTime(text), TimeSpan.Zero) : (ParseTime(text[..blank]), ParseTime(text[blank..].Trim()));
+    }
+
     /// <summary>The shortest way to write a time.</summary>
     internal static string Text(TimeSpan time)
     {
@@ -5361,6 +5866,12 @@ internal static class Units
         return value <= most >> shift && value << shift >= least ? value << shift
             : throw new FormatException($"'{text}' is not between {Size(least)} and {Size(most)}");
     }
+
+    /// <summary>Bytes a second.</summary>
+    /// <exception cref="FormatException">it is no rate</exception>
+    internal static long ParseRate(string text) =>
+        text.EndsWith("/s", StringComparison.Ordinal) ? ParseSize(text[..^2], most: 1L << 40)
+        : text is "0" or "off" ? 0 : throw new FormatException($"'{text}' is not a rate; write 512/s, 64k/s, 10m/s or off");
 
     /// <exception cref="FormatException">it is no count, or not between the bounds</exception>
     internal static int ParseCount(string text, int least = 0, int most = int.MaxValue)

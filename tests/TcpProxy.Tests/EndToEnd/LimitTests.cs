@@ -1,6 +1,6 @@
 using System;
-using System.Collections.Generic;
 using System.Diagnostics;
+using System.Globalization;
 using System.Linq;
 using System.Net.Sockets;
 using System.Text;
@@ -193,8 +193,10 @@ public sealed class LimitTests : EndToEndTest
             (byte[] data, _) = await ReceiveOne(client);
             Assert.InRange(data.Length, 0, 1);
         });
-        List<LogLine> lines = await proxy.LinesOf("connection", 500);
-        Assert.InRange(lines.Count(l => l.End == "PC"), 1, 499);
+        await Wait.Until(
+            () => proxy.Lines.Sum(l => l.Event == "refused" ? int.Parse(l["message"].Split(' ')[0], CultureInfo.InvariantCulture) : l.Event == "connection" ? 1 : 0) == 500,
+            "every client in the log, or counted");
+        Assert.InRange(proxy.Lines.Count(l => l.Event == "connection" && l.End == "PC"), 1, 499);
 
         // the server sees the end of a connection a moment after the proxy has given its place to the next
         Assert.InRange(most, 1, 10);

@@ -34,6 +34,14 @@ public sealed class UsageTests : EndToEndTest
         { "127.0.0.1:0 echo --idle-timeout", ["--idle-timeout: ", "value"] },
         { "127.0.0.1:0 echo --max-bytes-up 10x", ["--max-bytes-up: ", "10x"] },
         { "127.0.0.1:0 echo --max-bytes-down 99999999999999g", ["--max-bytes-down: ", "99999999999999g"] },
+        { "127.0.0.1:0 echo --rate-up 10m", ["--rate-up: ", "'10m'", "10m/s"] },
+        { "127.0.0.1:0 echo --rate-total-down 10x/s", ["--rate-total-down: ", "10x"] },
+        { "127.0.0.1:0 echo --refuse rest", ["--refuse: ", "'rest'", "did you mean 'reset'?"] },
+        { "127.0.0.1:0 echo --max-lifetime=1s@2", ["--max-lifetime: ", "'1s@2'"] },
+        { "127.0.0.1:0 echo --connect-rate 10", ["--connect-rate: ", "'10'", "10/s"] },
+        { "127.0.0.1:0 echo --connect-rate-per-ip x/s", ["--connect-rate-per-ip: ", "'x'"] },
+        { "127.0.0.1:0 echo --ip6-prefix 0", ["--ip6-prefix: ", "'0'"] },
+        { "127.0.0.1:0 echo --max-connections-per-ip few", ["--max-connections-per-ip: ", "few"] },
         { "127.0.0.1:0 echo --max-connections many", ["--max-connections: ", "many"] },
         { "127.0.0.1:0 echo --max-connections 1.5", ["--max-connections: ", "1.5"] },
         { "127.0.0.1:0 echo --retries=-1", ["--retries: ", "-1"] },
@@ -126,13 +134,15 @@ public sealed class UsageTests : EndToEndTest
             "listen", "upstream", "name", "connect-timeout", "retries", "source", "resolve",
             "balance", "max-fails", "fail-timeout", "check", "check-rise", "check-fall", "check-send", "check-expect",
             "queue", "queue-timeout", "max-connections", "max-bytes-up", "max-bytes-down", "max-lifetime", "idle-timeout",
+            "max-connections-per-ip", "ip6-prefix", "connect-rate", "connect-rate-per-ip",
+            "refuse", "rate-up", "rate-down", "rate-total-up", "rate-total-down",
             "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout", "log", "log-file",
             "log-level", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));
-        IEnumerable<string> known = Regex.Matches(help, @"(?<![\w-])--([a-z][a-z-]*)").Select(
+        IEnumerable<string> known = Regex.Matches(help, @"(?<![\w-])--([a-z][a-z0-9-]*)").Select(
             m => m.Groups[1].Value);
         Assert.Empty(known.Distinct().Except(due));
     }

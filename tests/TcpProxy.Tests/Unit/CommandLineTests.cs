@@ -17,7 +17,7 @@ public sealed class CommandLineTests
         Assert.Equal(letters.Length, letters.Distinct().Count());
         foreach (Option option in Option.Table)
         {
-            Assert.Matches("^[a-z][a-z-]+$", option.Name);
+            Assert.Matches("^[a-z][a-z0-9-]+$", option.Name);
             Assert.EndsWith(".", option.Help, StringComparison.Ordinal);
             Assert.True(char.IsUpper(option.Help[0]), option.Name);
             Assert.True(option.IsFlag || option.Value.Length > 0);
