@@ -19,8 +19,8 @@
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection? Then, in a route that asks for it, a PROXY
-//       header tells who the client is, and a TLS hello whom it wants.
+//   (2) Admission says yes or no: is there room for one more connection, of the route, of that address, at that rate? In
+//       between, in a route that asks for it, a PROXY header tells who the client is, and a TLS hello whom it wants.
 //   (3) Names are resolved, and one of the servers that are up is picked as --balance says; where all are full, one waits.
 //   (4) It is dialled, in time; if it does not answer, the next one is, and the client does not notice. It gets a PROXY
 //       header if the route sends one, and the bytes that were read in (2).
@@ -66,7 +66,7 @@
 //    2 OPTIONS     the one table; command line and file to settings; help
 //    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
-//    5 ADMISSION   limits on the number of connections
+//    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
@@ -1260,8 +1260,8 @@ internal sealed class Proxy
                 return;
             }
 
-            Socket? waiting = first is { Length: > 0 } ? null : client; // who has said something may finish and wait
-            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync(portIndex, line.Client, waiting); // (3) (4)
+            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
+                portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
@@ -1708,7 +1708,8 @@ internal static class Exhaustion
 }
 
 // == 5  ADMISSION ===================================================================================================
-// Who may connect. So far: how many.
+// Who may connect: how many at once and how many in a while, in all and from one address. Refusing is cheap, and said only so
+// often: nobody may fill a log by being refused.
 
 /// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
@@ -2122,6 +2123,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     private readonly Lock _gate = new();
     private readonly bool _isMarking = settings.MaxFails > 0 && settings.FailTimeout > TimeSpan.Zero;
     private readonly List<Server> _candidates = []; // of the choice that is being made
+    private readonly List<Server> _known = []; // those, and whoever has left the name but still has connections
     private Server[] _servers = []; // replaced as a whole
     private IPAddress[][] _found = []; // what they were made from
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
@@ -2147,10 +2149,13 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         {
             IPAddress[][] found = Array.ConvertAll(upstreams, upstream => upstream.Addresses);
             List<Server> servers = [];
+            _known.RemoveAll(server => Volatile.Read(ref server.Active) == 0 && Array.IndexOf(_servers, server) < 0);
             for (int i = 0; i < upstreams.Length; i++)
             {
                 Add(servers, upstreams[i], found[i]);
             }
+
+            _known.AddRange(servers.FindAll(server => !_known.Contains(server)));
 
             _table = [];
             Volatile.Write(ref _servers, [.. servers]);
@@ -2199,7 +2204,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
 
         void Add(EndPoint[] targets, string title)
         {
-            Server server = Array.Find(_servers, server => server.Upstream == upstream
+            Server server = _known.Find(server => server.Upstream == upstream
                 && (targets.Length == 0 || server.Targets[0].Equals(targets[0]))) ?? new Server(this, upstream, targets, title);
             server.Title = title;
             if (!servers.Contains(server))
@@ -2375,6 +2380,10 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         static IPAddress AddressOf(Server server) => ((IPEndPoint)server.Targets[0]).Address;
     }
 
+    /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
+    internal bool HasOther(Server server, List<Server> tried) =>
+        Array.Exists(Servers, other => other.Upstream == server.Upstream && !tried.Contains(other));
+
     // ---- up and down
 
     /// <summary>A connect has ended, well or not.</summary>
@@ -2406,7 +2415,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
                 server.DownUntil = IsMarked(server) ? now + (long)settings.FailTimeout.TotalMilliseconds : 0;
             }
 
-            isNews = wasMarked != IsMarked(server);
+            isNews = wasMarked != IsMarked(server) && !server.IsCheckedDown;
         }
 
         if (isNews)
@@ -2419,6 +2428,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     internal void Checked(Server server, string? failure, long now)
     {
         bool isDown = failure is not null;
+        bool isNews;
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
@@ -2430,9 +2440,17 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
             server.Contrary = 0;
             server.IsCheckedDown = isDown;
             server.BackSince = isDown || Servers.Length == 1 ? 0 : now;
+            isNews = !isDown || !IsMarked(server);
+            if (!isDown)
+            {
+                (server.Fails, server.DownUntil) = (0, 0); // the failed connects before it were of the same illness
+            }
         }
 
-        log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
+        if (isNews)
+        {
+            log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
+        }
     }
 
     private bool IsMarked(Server server) => _isMarking && server.Fails >= settings.MaxFails;
@@ -2526,16 +2544,21 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 {
     private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
     private int _count;
+    private int _picky; // of them
 
     internal TimeSpan Patience { get; } = patience;
     internal int Count => Volatile.Read(ref _count);
 
+    /// <summary>Whoever comes now has to wait as well.</summary>
+    internal bool IsHeldUp => Volatile.Read(ref _count) > Volatile.Read(ref _picky);
+
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
-    /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One who
-    /// <paramref name="isPicky"/> does not hold up those behind.</summary>
-    internal Task<CloseReason?> EnterAsync(Func<bool> tryEnter, Socket? client, bool isPicky = false)
+    /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
+    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.</summary>
+    internal Task<CloseReason?> EnterAsync(
+        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64);
+        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64) { HasSpoken = hasSpoken };
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -2552,6 +2575,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
             _waiters.AddLast(waiter.Node);
             _count++;
+            _picky += waiter.IsPicky ? 1 : 0;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
         }
@@ -2586,6 +2610,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             {
                 _waiters.Remove(waiter.Node);
                 _count--;
+                _picky -= waiter.IsPicky ? 1 : 0;
                 Sweep.Remove(waiter);
                 waiter.Outcome.SetResult(reason);
             }
@@ -2606,6 +2631,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
         internal Func<bool> TryEnter { get; }
         internal bool IsPicky { get; }
+        internal bool HasSpoken { get; init; }
         internal LinkedListNode<Waiter> Node { get; }
         internal TaskCompletionSource<CloseReason?> Outcome { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
 
@@ -2617,7 +2643,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             {
                 _line.Remove(this, CloseReason.QueueTimeout);
             }
-            else if (_client is not null && SocketOptions.HasLeft(_client))
+            else if (_client is not null && (HasSpoken ? SocketOptions.HasFailed(_client) : SocketOptions.HasLeft(_client)))
             {
                 _line.Remove(this, CloseReason.LeftQueue);
             }
@@ -2659,7 +2685,8 @@ internal sealed class UpstreamPool
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
     /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
     /// looked at only to see whether it has left.</summary>
-    internal async ValueTask<Connection> ConnectAsync(int portIndex, EndPoint? from = null, Socket? client = null)
+    internal async ValueTask<Connection> ConnectAsync(
+        int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
         long deadline = _connect.Deadline(); // of the first server, the look-up of its name included
         if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
@@ -2672,13 +2699,14 @@ internal sealed class UpstreamPool
         Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
         Connection last = new(only, null, null, balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
-        for (int retries = _connect.Retries; ; retries--)
+        int retries = _connect.Retries;
+        while (true)
         {
-            bool isFull = balancer.Line is { Count: > 0 } && tried is null;
+            bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull && server is null)
             {
-                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client);
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
                 last = tried is null ? new Connection(only, null, null, refusal) : last;
                 deadline = _connect.Deadline();
             }
@@ -2690,12 +2718,17 @@ internal sealed class UpstreamPool
 
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
             last = racers is null ? await DialAsync(server, deadline) : await RaceAsync(racers, deadline);
-            if (last.Failure is not { IsWorthRetry: true } || retries == 0)
+            if (last.Failure is not { IsWorthRetry: true })
             {
                 return last;
             }
 
             (tried ??= []).AddRange(racers ?? [server]);
+            if (!balancer.HasOther(server, tried) && retries-- == 0)
+            {
+                return last;
+            }
+
             deadline = _connect.Deadline();
         }
     }
@@ -2746,11 +2779,12 @@ internal sealed class UpstreamPool
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
-        Balancer balancer, ulong key, List<Server>? tried, Socket? client)
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
     {
         Server? server = null;
         CloseReason? refusal = await balancer.Line!.EnterAsync(
-            () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null, client, tried is not null);
+            () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
+            client, tried is not null, hasSpoken);
         return (server, refusal);
     }
 
@@ -3616,6 +3650,7 @@ internal sealed class Pump(
     Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
+    private const int Message = 16 << 10; // bytes; what is larger may well fill the target, and then a first try costs one call more
     private const int SpliceFactor = 4; // a splice moves so many buffers: 256k was best of 64k to 1m
     private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
@@ -3645,7 +3680,7 @@ internal sealed class Pump(
                 if (length > 0 && Target is not null)
                 {
                     IsSending = true;
-                    int sent = length < bufferSize ? Send(length) : 0;
+                    int sent = length <= Message ? Send(length) : 0;
                     if (sent < length)
                     {
                         await Target.SendAsync(_buffer.Received(length)[sent..], SocketFlags.None);
@@ -5775,6 +5810,8 @@ internal sealed class UpstreamAddress : Address
 /// <summary>Networks as people write them: 10.0.0.0/8, 2001:db8::/32, or one address. IPv4 within IPv6 is IPv4.</summary>
 internal static class Network
 {
+    private const int Mapped = 96; // bits in front of the IPv4 address in ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
+
     /// <exception cref="FormatException">it is no network</exception>
     internal static IPNetwork Parse(string text)
     {
@@ -5787,7 +5824,13 @@ internal static class Network
         }
 
         int bits = address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
-        IPNetwork network = new(address, slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits));
+        int prefix = slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits);
+        if (address.IsIPv4MappedToIPv6 && prefix >= Mapped)
+        {
+            (address, prefix) = (address.MapToIPv4(), prefix - Mapped);
+        }
+
+        IPNetwork network = new(address, prefix);
         return network.BaseAddress.Equals(address) ? network
             : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
     }

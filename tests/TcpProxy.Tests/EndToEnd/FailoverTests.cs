@@ -319,6 +319,19 @@ public sealed class FailoverTests : EndToEndTest
         Assert.Equal((byte)'4', server[0]); // 3 has kept its count
         await Task.WhenAll(bounded.Select(client => client.Ask("still here")));
 
+        // an address that left the name and comes back still has the connections it had
+        await Change("127.0.0.2 web.example\n127.0.0.3 web.example\n");
+        await Wait.Until(
+            () => proxy.Lines.Count(line => line.Event == "resolve" && line["message"].Contains("127.0.0.2", StringComparison.Ordinal)) > 1
+                || Touch(proxy) || Touch(proxy, 1),
+            "both routes to know");
+        Assert.Equal(0, await (await Given.Client(proxy, 1)).ReceiveSome(server));
+        await Change("127.0.0.3 web.example\n127.0.0.4 web.example\n");
+        await Wait.Until(
+            () => proxy.Lines.Count(line => line.Event == "resolve" && line["message"].Contains("127.0.0.4", StringComparison.Ordinal)) > 3
+                || Touch(proxy) || Touch(proxy, 1),
+            "both routes to know");
+
         await Change("");
         LogLine lost = await Until("warn");
         Assert.Contains("its last known addresses serve", lost["message"], StringComparison.Ordinal);
@@ -341,10 +354,10 @@ public sealed class FailoverTests : EndToEndTest
     }
 
     /// <summary>A client comes and goes; always false.</summary>
-    private static bool Touch(ProxyProcess proxy)
+    private static bool Touch(ProxyProcess proxy, int route = 0)
     {
         using Socket client = new(SocketType.Stream, ProtocolType.Tcp);
-        client.Connect(proxy.Endpoint());
+        client.Connect(proxy.Endpoint(route));
         client.Receive(new byte[1]);
         return false;
     }

@@ -289,6 +289,18 @@ public sealed class BalancerTests
         Assert.Equal("uuuuuddd" + "d" + "u" + "u", log);
     }
 
+    [Fact]
+    public void A_server_that_checks_bring_back_is_not_left_marked_by_connects_that_failed_before()
+    {
+        Balancer balancer = Make("first", ["a:1", "b:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
+        Server server = balancer.Servers[0];
+        Fail(server, 1000);
+        balancer.Checked(server, "refused", 1000);
+        Assert.False(server.IsUp(1500));
+        balancer.Checked(server, null, 1500);
+        Assert.True(server.IsUp(1500));
+    }
+
     [Theory]
     [InlineData("leastconn")]
     [InlineData("roundrobin")]

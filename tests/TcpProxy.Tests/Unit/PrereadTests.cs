@@ -348,6 +348,10 @@ public sealed class PrereadTests
         Assert.True(settings.IsSender(IPEndPoint.Parse("192.168.1.5:1")));
         Assert.True(settings.IsSender(IPEndPoint.Parse("[2001:db8:1::]:1")));
         Assert.False(settings.IsSender(IPEndPoint.Parse("11.0.0.1:1")));
+        PrereadSettings mapped = new();
+        mapped.AcceptProxy("::ffff:10.0.0.0/104");
+        Assert.True(mapped.IsSender(IPEndPoint.Parse("10.255.0.1:1")));
+        Assert.False(mapped.IsSender(IPEndPoint.Parse("11.0.0.1:1")));
         Assert.False(settings.IsSender(IPEndPoint.Parse("192.168.1.6:1")));
         Assert.False(settings.IsSender(IPEndPoint.Parse("[2001:db9::]:1")));
         Assert.False(settings.IsSender(new UnixDomainSocketEndPoint("/x")));

@@ -65,6 +65,7 @@ public sealed class WaitingLineTests
     {
         WaitingLine line = new(10, TimeSpan.Zero, _full);
         Task<CloseReason?> picky = line.EnterAsync(() => false, null, isPicky: true);
+        Assert.False(line.IsHeldUp);
         Task<CloseReason?> plain = line.EnterAsync(Take, null);
         Serve(line, 1);
         Assert.Null(await plain);
@@ -72,6 +73,7 @@ public sealed class WaitingLineTests
         Task<CloseReason?> blocked = line.EnterAsync(Take, null);
         Serve(line, 1);
         Assert.False(picky.IsCompleted || blocking.IsCompleted || blocked.IsCompleted);
+        Assert.True(line.IsHeldUp);
     }
 
     [Fact(Timeout = 10_000)]
