@@ -3187,7 +3187,7 @@ internal sealed class Dial : Watched
 
     internal override void Stop() => End(CloseReason.StoppedConnecting);
 
-    private void End(CloseReason reason)
+    internal void End(CloseReason reason)
     {
         if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
         {
@@ -3263,7 +3263,8 @@ internal static class Dialer
                     running.RemoveAt(i);
                     if (failure is null)
                     {
-                        running.ForEach(loser => loser.Socket.Close(0));
+                        running.ForEach(loser => loser.End(CloseReason.Outrun));
+                        failed.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
                         return (dial, null);
                     }
 
@@ -3365,6 +3366,7 @@ internal sealed class CloseReason(
     internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
     internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
     internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
+    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
     internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
 
     internal string Code { get; } = code;
