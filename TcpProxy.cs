@@ -1226,6 +1226,7 @@ internal sealed class Proxy
         ConnectionLine line = new(route.Title);
         CloseReason? reason = null;
         bool isAdmitted = false;
+        Connection connection = default;
         try
         {
             line.Client = client.RemoteEndPoint;
@@ -1260,7 +1261,7 @@ internal sealed class Proxy
                 return;
             }
 
-            Connection connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
+            connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
                 portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
@@ -1286,6 +1287,8 @@ internal sealed class Proxy
         catch (Exception e)
 #pragma warning restore CA1031
         {
+            connection.Socket?.Close(0);
+            connection.Release();
             client.Close(0);
             reason = CloseReason.Unexpected(e);
         }

@@ -120,15 +120,17 @@ public sealed class ConnectTests : EndToEndTest
     }
 
     [Theory(Timeout = Quick)]
-    [InlineData("127.0.0.1")]
-    [InlineData("::1")]
-    public async Task Of_two_addresses_of_a_name_the_one_that_listens_is_found(string listening)
+    [InlineData("127.0.0.1", "")]
+    [InlineData("::1", "")]
+    [InlineData("127.0.0.1", " max-connections=5")] // then they are dialled one after the other
+    [InlineData("::1", " max-connections=5")]
+    public async Task Of_two_addresses_of_a_name_the_one_that_listens_is_found(string listening, string bound)
     {
         Names names = await Names.Hosts(
             Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
         Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), 0));
         ProxyProcess proxy = await Given.Proxy(
-            names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}", "--retries", "0");
+            names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}{bound}", "--retries", "0");
         proxy.Tolerate("resolve");
         Peer client = await Given.Client(proxy);
         await client.Ask("hello");

@@ -115,8 +115,18 @@ public sealed class WaitingLineTests
         }
 
         Assert.Equal(hasLeft, SocketOptions.HasLeft(accepted));
+
+        // one whose question was read before it came to stand in line may have finished, but not have been reset
+        WaitingLine line = new(10, TimeSpan.Zero, _full);
+        long now = Environment.TickCount64;
+        WaitingLine.Waiter waiter = new(line, () => false, accepted, isPicky: false, now) { HasSpoken = true };
+        Join(line, waiter);
+        waiter.Check(now);
+        Assert.False(waiter.Outcome.Task.IsCompleted);
         client.Close(0);
         await Wait.Until(() => SocketOptions.HasLeft(accepted), "the reset");
+        await Wait.Until(() => waiter.Check(now) && waiter.Outcome.Task.IsCompleted, "it to leave");
+        Assert.Same(CloseReason.LeftQueue, await waiter.Outcome.Task);
     }
 
     [Theory]
