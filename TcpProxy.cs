@@ -74,9 +74,10 @@
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
 //    9 PUMP        one direction: receive, send; the buffer; byte rates
-//   10 PREREAD     PROXY protocol in and out, TLS server name
-//   11 OBSERVE     log lines, written off the data path
-//   12 PLATFORM    the sweep, addresses, units, text, libc
+//   10 TAPS        what looks into a direction, or changes it
+//   11 PREREAD     PROXY protocol in and out, TLS server name
+//   12 OBSERVE     log lines, written off the data path
+//   13 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
 
@@ -902,6 +903,7 @@ internal sealed class RouteSettings
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
     internal PrereadSettings Preread { get; private set; } = new();
+    internal List<TapSettings> Taps { get; private set; } = []; // in the order of their options
     internal string[]? ServerNames { get; set; } // of the upstreams that follow
 
     internal string Title => Name ?? Listen!.Text;
@@ -915,6 +917,7 @@ internal sealed class RouteSettings
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
         copy.Preread = Preread.Clone();
+        copy.Taps = [.. Taps];
         return copy;
     }
 
@@ -1085,6 +1088,7 @@ internal sealed class Proxy
         try
         {
             Bind();
+            _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Open(_log)));
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
             _pools.ForEach(pool => pool.StartChecks());
@@ -1095,6 +1099,7 @@ internal sealed class Proxy
         {
             StopAccepting();
             _files.ForEach(WholeFile.Remove);
+            _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
         }
 
@@ -1230,6 +1235,7 @@ internal sealed class Proxy
         CloseReason? reason = null;
         bool isAdmitted = false;
         Connection connection = default;
+        Conversation? taps = null;
         try
         {
             line.Client = client.RemoteEndPoint;
@@ -1271,14 +1277,18 @@ internal sealed class Proxy
             if (reason is null)
             {
                 line.Connected(connection.Server);
-                reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection);
+                taps = route.Settings.Taps.Count == 0 ? null
+                    : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
+                        isEcho: connection.Upstream!.Kind == AddressKind.Echo);
+                reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
             if (reason is null)
             {
                 Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, // (5)
-                    line.BytesUp, route.Rates);
-                _ = RelayAsync(route, connection, bridge, line);
+                    line.BytesUp, route.Rates, taps);
+                _ = taps is null ? RelayAsync(route, connection, bridge, line)
+                    : RelayTappedAsync(route, connection, bridge, line, taps);
                 return;
             }
 
@@ -1327,6 +1337,12 @@ internal sealed class Proxy
         End(route, isAdmitted: true, line, bridge.Reason!);
     }
 
+    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    {
+        await RelayAsync(route, connection, bridge, line);
+        taps.End(bridge.Reason!.IsOrderly);
+    }
+
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
     private static async ValueTask<CloseReason?> ReadFirstAsync(
         Route route, Socket client, ConnectionLine line, FirstBytes first)
@@ -1347,12 +1363,18 @@ internal sealed class Proxy
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
     private static async ValueTask<CloseReason?> SendFirstAsync(
-        Route route, Socket client, ConnectionLine line, FirstBytes first, Connection connection)
+        Route route, Socket client, ConnectionLine line, FirstBytes first, Connection connection, Conversation? taps)
     {
         AddressKind kind = connection.Upstream!.Kind;
         ConnectSettings settings = route.Settings.Connect;
         long quota = route.Settings.Bridge.QuotaUp(kind);
         int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
+        if (taps?.Up is { } up)
+        {
+            up.Spoken = first.Copy(length);
+            length = 0;
+        }
+
         int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
             : first.Head(settings.SendProxy, line.Client, first.Destination);
         Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
@@ -3423,14 +3445,16 @@ internal sealed class Bridge : PumpOwner
 
     /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null)
+        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
+        Conversation? taps = null)
     {
         (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho));
+            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
-            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0, rates?.Down(upstream));
+            : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
+                rates?.Down(upstream), taps?.Down);
         _references = _down is null ? 1 : 2;
         client.Blocking = false;
         if (upstream is not null)
@@ -3490,7 +3514,7 @@ internal sealed class Bridge : PumpOwner
     {
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message, tap.IsOrderly) : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -3522,6 +3546,8 @@ internal sealed class Bridge : PumpOwner
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
         Close(_upstream, first);
+        _up.Cancel();
+        _down?.Cancel();
 
         static void Close(Socket? socket, CloseReason reason)
         {
@@ -3574,7 +3600,7 @@ internal sealed class Bridge : PumpOwner
 
     private bool CheckProgress(long now)
     {
-        long progress = ((BytesUp + BytesDown) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
+        long progress = ((_up.Progress + (_down?.Progress ?? 0)) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
         if (progress != _progress)
         {
             (_progress, _quietSince, _unsent) = (progress, now, -1);
@@ -3655,7 +3681,8 @@ internal abstract class PumpOwner : Watched
 }
 
 internal sealed class Pump(
-    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null)
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null,
+    TapLine? taps = null)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int Message = 16 << 10; // bytes; what is larger may well fill the target, and then a first try costs one call more
@@ -3674,19 +3701,32 @@ internal sealed class Pump(
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
 
+    /// <summary>Grows with each byte that moves.</summary>
+    internal long Progress => Bytes + (taps?.Delivered ?? 0);
+
+    /// <summary>The sockets are closed; what its taps wait for besides is not worth waiting for.</summary>
+    internal void Cancel() => taps?.Cancel();
+
     /// <summary>Copies until the end; as long as it is a stream, the kernel does it. Never throws: its owner is told, by
     /// a call rather than by a task of its own that would wait as long as the pump (200 bytes a connection).</summary>
     internal async Task RunAsync(PumpOwner owner)
     {
         try
         {
-            PumpEnd end = _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
+            PumpEnd end = taps is not null ? await OpenAsync(taps, owner) : _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
+
             int full = 0; // buffers in a row
             while (end == PumpEnd.NotYet)
             {
                 int most = full < StreamAfter ? bufferSize : StreamFactor * bufferSize;
                 int length = await (throttle is null ? ReceiveAsync(most) : ReceiveThrottledAsync(throttle));
-                if (length > 0 && Target is not null)
+                if (taps is not null)
+                {
+                    IsSending = true;
+                    await taps.First.WriteAsync(_buffer.Received(length));
+                    IsSending = false;
+                }
+                else if (length > 0 && Target is not null)
                 {
                     IsSending = true;
                     int sent = length <= Message ? Send(length) : 0;
@@ -3702,7 +3742,7 @@ internal sealed class Pump(
 
                 end = Count(length);
                 full = length < bufferSize ? 0 : full + 1;
-                if (full >= StreamAfter && end == PumpEnd.NotYet && isSplicing && Pipe.IsUsable && Target is not null)
+                if (full >= StreamAfter && end == PumpEnd.NotYet && isSplicing && Pipe.IsUsable && Target is not null && taps is null)
                 {
                     _buffer.GiveBack();
                     end = await SpliceAsync();
@@ -3714,6 +3754,13 @@ internal sealed class Pump(
                     _buffer.GiveBack(); // the next finds it in the processor's cache
                     await EventLoop.TurnAsync();
                 }
+            }
+
+            if (taps is not null)
+            {
+                IsSending = true;
+                await taps.First.FinishAsync();
+                IsSending = false;
             }
 
             IsFinished = true;
@@ -3734,6 +3781,20 @@ internal sealed class Pump(
             _buffer.GiveBack();
             owner.Release();
         }
+    }
+
+    /// <summary>What was read before there was a pump goes through its taps, too.</summary>
+    private async Task<PumpEnd> OpenAsync(TapLine taps, PumpOwner owner)
+    {
+        taps.Failed = error =>
+        {
+            IsSending = true;
+            owner.Failed(this, error);
+        };
+        IsSending = true;
+        await taps.First.WriteAsync(taps.Spoken);
+        IsSending = false;
+        return taps.Spoken.Length > 0 ? Count(taps.Spoken.Length) : _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
     }
 
     /// <summary>Until the end, or until it is no stream any more. The pipe belongs to the thread and is empty at every
@@ -4130,7 +4191,166 @@ internal static class Pacer
     }
 }
 
-// == 10  PREREAD ====================================================================================================
+// == 10  TAPS =======================================================================================================
+// What looks into the bytes of a direction, or changes them. Taps stand between a pump's receive and its target, in the
+// order of their options; each hands on what it makes of what it gets, and waits while those behind it do:
+//
+//     Pump  --->  Tap  --->  Tap  --->  Delivery  --->  target
+//
+// A direction that has none knows nothing of this section.
+
+/// <summary>An option that puts taps into the connections of a route.</summary>
+internal abstract class TapSettings
+{
+    /// <summary>Before the first connection: what all of them share.</summary>
+    /// <exception cref="IOException">it cannot be had</exception>
+    internal virtual void Open(Log log)
+    {
+    }
+
+    /// <summary>The last connection has ended; what is still to be written is written now.</summary>
+    internal virtual void Close()
+    {
+    }
+
+    internal abstract void AddTo(Conversation conversation);
+}
+
+/// <summary>A tap ends the connection, with a FIN to both sides if <paramref name="isOrderly"/>, else with a reset.</summary>
+internal sealed class TapException(string code, string words, bool isOrderly = false) : Exception(words)
+{
+    internal string Code { get; } = code; // as of CloseReason
+    internal bool IsOrderly { get; } = isOrderly;
+
+    public TapException()
+    {
+    }
+}
+
+/// <summary>A stage of one direction. Its pump calls it, one call at a time; what it does on its own time besides, it must keep apart from
+/// that, and report to <see cref="TapLine.Fail"/> when it throws. Waits end by the token of the line.</summary>
+internal abstract class Tap
+{
+    internal Tap Next { get; set; } = null!; // the last one is a Delivery, which needs none
+
+    /// <summary>The bytes are the caller's again when this is done.</summary>
+    internal abstract ValueTask WriteAsync(ReadOnlyMemory<byte> bytes);
+
+    /// <summary>No more bytes will come. When this is done, the target gets its FIN.</summary>
+    internal virtual ValueTask FinishAsync() => Next.FinishAsync();
+
+    /// <summary>The connection is over: with a FIN, or with a reset.</summary>
+    internal virtual void End(bool isOrderly)
+    {
+    }
+}
+
+/// <summary>The taps of one direction of one connection.</summary>
+#pragma warning disable CA1001 // a source without a timer holds nothing that must be disposed of; it may be cancelled at any time
+internal sealed class TapLine
+#pragma warning restore CA1001
+{
+    private readonly CancellationTokenSource _ending = new();
+    private readonly List<Tap> _taps = [];
+    private Delivery? _delivery;
+
+    internal Tap First => _taps[0];
+
+    /// <summary>What its client said before there was a bridge.</summary>
+    internal byte[] Spoken { get; set; } = [];
+    internal long Delivered => _delivery!.Bytes;
+    internal CancellationToken Ending => _ending.Token;
+    internal Action<Exception> Failed { private get; set; } = _ => { };
+
+    internal void Add(Tap tap) => _taps.Add(tap);
+
+    internal void AddRange(TapLine line) => _taps.AddRange(line._taps);
+
+    /// <summary>Null where there is no tap.</summary>
+    internal TapLine? To(Socket? target)
+    {
+        if (_taps.Count == 0)
+        {
+            return null;
+        }
+
+        _delivery = new Delivery(target);
+        _taps.Add(_delivery);
+        for (int i = 1; i < _taps.Count; i++)
+        {
+            _taps[i - 1].Next = _taps[i];
+        }
+
+        return this;
+    }
+
+    /// <summary>What a tap did in its own time has failed.</summary>
+    internal void Fail(Exception error) => Failed(error);
+
+    internal void Cancel() => _ending.Cancel();
+
+    internal void End(bool isOrderly)
+    {
+        _ending.Cancel();
+        _taps.ForEach(tap => tap.End(isOrderly));
+    }
+}
+
+internal sealed class Delivery(Socket? target) : Tap
+{
+    internal long Bytes { get; private set; }
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        while (bytes.Length > 0 && target is not null)
+        {
+            int sent = await target.SendAsync(bytes, SocketFlags.None);
+            Bytes += sent;
+            bytes = bytes[sent..];
+        }
+    }
+
+    internal override ValueTask FinishAsync() => default;
+}
+
+/// <summary>A connection as its taps see it. What the echo server gets passes the taps of both directions.</summary>
+internal sealed class Conversation
+{
+    private readonly TapLine _up = new();
+    private readonly TapLine _down = new();
+
+    internal Conversation(
+        List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server, bool isEcho)
+    {
+        (Route, Client, Server) = (route, client, server);
+        taps.ForEach(tap => tap.AddTo(this));
+        if (isEcho)
+        {
+            _up.AddRange(_down);
+        }
+
+        Up = _up.To(isEcho ? clientSocket : serverSocket);
+        Down = serverSocket is null ? null : _down.To(clientSocket);
+    }
+
+    internal string Route { get; }
+    internal EndPoint? Client { get; }
+    internal EndPoint? Server { get; } // null for the built-in ones
+
+    /// <summary>Null where that direction has no taps.</summary>
+    internal TapLine? Up { get; }
+    internal TapLine? Down { get; }
+
+    internal TapLine LineOf(bool isUp) => isUp ? _up : _down;
+
+    internal void End(bool isOrderly)
+    {
+        Up?.End(isOrderly);
+        Down?.End(isOrderly);
+    }
+}
+
+// == 11  PREREAD ====================================================================================================
 // The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
 // (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
 // What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back, when
@@ -4581,6 +4801,8 @@ internal sealed class FirstBytes : IDisposable
         }
     }
 
+    internal byte[] Copy(int length) => _buffer.AsSpan(_start, length).ToArray();
+
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
@@ -4676,7 +4898,7 @@ internal sealed class FirstBytes : IDisposable
     }
 }
 
-// == 11  OBSERVE ====================================================================================================
+// == 12  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
@@ -5046,7 +5268,7 @@ internal sealed class Log : IDisposable
     }
 }
 
-// == 12  PLATFORM ===================================================================================================
+// == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
 // missing, the portable path serves.
