@@ -4217,18 +4217,16 @@ internal abstract class TapSettings
 }
 
 /// <summary>A tap ends the connection, with a FIN to both sides if <paramref name="isOrderly"/>, else with a reset.</summary>
+#pragma warning disable CA1032 // nobody throws it without a code
 internal sealed class TapException(string code, string words, bool isOrderly = false) : Exception(words)
+#pragma warning restore CA1032
 {
     internal string Code { get; } = code; // as of CloseReason
     internal bool IsOrderly { get; } = isOrderly;
-
-    public TapException()
-    {
-    }
 }
 
-/// <summary>A stage of one direction. Its pump calls it, one call at a time; what it does on its own time besides, it must keep apart from
-/// that, and report to <see cref="TapLine.Fail"/> when it throws. Waits end by the token of the line.</summary>
+/// <summary>A stage of one direction. Its pump calls it, one call at a time; what it does in its own time besides, it keeps
+/// apart from that, and reports to <see cref="TapLine.Fail"/> when it throws. Waits end by the token of the line.</summary>
 internal abstract class Tap
 {
     internal Tap Next { get; set; } = null!; // the last one is a Delivery, which needs none
@@ -4246,7 +4244,7 @@ internal abstract class Tap
 }
 
 /// <summary>The taps of one direction of one connection.</summary>
-#pragma warning disable CA1001 // a source without a timer holds nothing that must be disposed of; it may be cancelled at any time
+#pragma warning disable CA1001 // a source without a timer holds nothing to dispose of
 internal sealed class TapLine
 #pragma warning restore CA1001
 {
@@ -4320,7 +4318,8 @@ internal sealed class Conversation
     private readonly TapLine _down = new();
 
     internal Conversation(
-        List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server, bool isEcho)
+        List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
+        bool isEcho)
     {
         (Route, Client, Server) = (route, client, server);
         taps.ForEach(tap => tap.AddTo(this));
