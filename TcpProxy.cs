@@ -1032,10 +1032,7 @@ internal sealed class Route
     internal void Leave()
     {
         Limit.Leave();
-        if (Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Line?.Serve();
     }
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
@@ -2100,10 +2097,7 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
     internal void Leave()
     {
         Interlocked.Decrement(ref Active);
-        if (Balancer.Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Balancer.Line?.Serve();
     }
 }
 
@@ -2546,14 +2540,12 @@ internal static class Maglev
 internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 {
     private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
-    private int _count;
-    private int _picky; // of them
+    private int _holding; // of them: who is not picky
 
-    internal TimeSpan Patience { get; } = patience;
-    internal int Count => Volatile.Read(ref _count);
+    internal int Count => _waiters.Count;
 
     /// <summary>Whoever comes now has to wait as well.</summary>
-    internal bool IsHeldUp => Volatile.Read(ref _count) > Volatile.Read(ref _picky);
+    internal bool IsHeldUp => Volatile.Read(ref _holding) > 0;
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
@@ -2561,7 +2553,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     internal Task<CloseReason?> EnterAsync(
         Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64) { HasSpoken = hasSpoken };
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience));
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -2570,15 +2562,14 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (_count >= most)
+            if (_waiters.Count >= most)
             {
                 waiter.Outcome.SetResult(full);
                 return;
             }
 
-            _waiters.AddLast(waiter.Node);
-            _count++;
-            _picky += waiter.IsPicky ? 1 : 0;
+            waiter.Node = _waiters.AddLast(waiter);
+            _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
         }
@@ -2587,6 +2578,11 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     /// <summary>Lets in who can be.</summary>
     internal void Serve()
     {
+        if (_waiters.Count == 0)
+        {
+            return;
+        }
+
         lock (_waiters)
         {
             for (LinkedListNode<Waiter>? node = _waiters.First; node is not null;)
@@ -2609,52 +2605,35 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (waiter.Node.List is not null)
+            if (waiter.Node is { List: not null } node)
             {
-                _waiters.Remove(waiter.Node);
-                _count--;
-                _picky -= waiter.IsPicky ? 1 : 0;
+                _waiters.Remove(node);
+                _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
-    internal sealed class Waiter : Watched
+    internal sealed class Waiter(
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
     {
-        private readonly WaitingLine _line;
-        private readonly Socket? _client;
-        private readonly long _since;
-
-        internal Waiter(WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, long now)
-        {
-            (_line, TryEnter, _client, IsPicky, _since) = (line, tryEnter, client, isPicky, now);
-            Node = new LinkedListNode<Waiter>(this);
-        }
-
-        internal Func<bool> TryEnter { get; }
-        internal bool IsPicky { get; }
-        internal bool HasSpoken { get; init; }
-        internal LinkedListNode<Waiter> Node { get; }
+        internal Func<bool> TryEnter { get; } = tryEnter;
+        internal bool IsPicky { get; } = isPicky;
+        internal LinkedListNode<Waiter>? Node { get; set; } // its place
         internal TaskCompletionSource<CloseReason?> Outcome { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
 
-        internal override void Stop() => _line.Remove(this, CloseReason.StoppedConnecting);
+        internal override void Stop() => line.Remove(this, CloseReason.StoppedConnecting);
 
         internal override bool Check(long now)
         {
-            if (_line.Patience > TimeSpan.Zero && now - _since >= _line.Patience.TotalMilliseconds)
+            bool hasLeft = client is not null && (hasSpoken ? SocketOptions.HasFailed(client) : SocketOptions.HasLeft(client));
+            if (now >= deadline || hasLeft)
             {
-                _line.Remove(this, CloseReason.QueueTimeout);
-            }
-            else if (_client is not null && (HasSpoken ? SocketOptions.HasFailed(_client) : SocketOptions.HasLeft(_client)))
-            {
-                _line.Remove(this, CloseReason.LeftQueue);
-            }
-            else
-            {
-                _line.Serve(); // a server may be back, which nobody says
+                line.Remove(this, hasLeft ? CloseReason.LeftQueue : CloseReason.QueueTimeout);
             }
 
+            line.Serve(); // a server may be back, which nobody says
             return true;
         }
     }
@@ -2691,7 +2670,7 @@ internal sealed class UpstreamPool
     internal async ValueTask<Connection> ConnectAsync(
         int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
-        long deadline = _connect.Deadline(); // of the first server, the look-up of its name included
+        long deadline = Watched.Deadline(_connect.Timeout); // of the first server, the look-up of its name included
         if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
         {
             await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
@@ -2711,7 +2690,7 @@ internal sealed class UpstreamPool
             {
                 (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
                 last = tried is null ? new Connection(only, null, null, refusal) : last;
-                deadline = _connect.Deadline();
+                deadline = Watched.Deadline(_connect.Timeout);
             }
 
             if (server is null)
@@ -2732,7 +2711,7 @@ internal sealed class UpstreamPool
                 return last;
             }
 
-            deadline = _connect.Deadline();
+            deadline = Watched.Deadline(_connect.Timeout);
         }
     }
 
@@ -2877,7 +2856,7 @@ internal sealed class UpstreamPool
         List<Server> seen = [];
         do
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: false, _connect.Deadline());
+            await Resolver.RefreshAsync(_resolvers, isKnown: false, Watched.Deadline(_connect.Timeout));
             List<Server> servers = [];
             for (int i = 0; i < _balancers.Length; i++)
             {
@@ -2973,10 +2952,6 @@ internal sealed class ConnectSettings
     internal TimeSpan Resolve { get; set; }
     internal IPAddress? Source { get; set; }
     internal ProxyVersion SendProxy { get; set; }
-
-    /// <summary>When an attempt that begins now is given up (TickCount64).</summary>
-    internal long Deadline() => Timeout > TimeSpan.Zero
-        ? Environment.TickCount64 + (long)Timeout.TotalMilliseconds : long.MaxValue;
 
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
@@ -4502,7 +4477,7 @@ internal sealed class Patience : Watched, IDisposable
     internal Patience(Socket socket, TimeSpan time, string late, string stopped)
     {
         (_socket, _late, _stopped) = (socket, late, stopped);
-        _deadline = time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
+        _deadline = Deadline(time);
         Sweep.Add(this);
     }
 
@@ -5041,6 +5016,10 @@ internal sealed class Log : IDisposable
 internal abstract class Watched
 {
     internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
+
+    /// <summary>When what begins now has taken <paramref name="time"/> (TickCount64); never for zero.</summary>
+    internal static long Deadline(TimeSpan time) =>
+        time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
 
     /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed. False when nothing
     /// has happened since the last time.</summary>
