@@ -1944,9 +1944,12 @@ internal sealed class Refusals(string route, Log log) : Watched
 // == 6  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, which one instead when it does not answer, and who waits when all are full.
 //
-// A server is one upstream, or one of the addresses of its name. It is down after failed connects (until one client has
-// tried it again) or after failed checks (until they go well), and back with a share that grows. Down is an opinion:
-// where nothing else is left, servers that are down are tried.
+// A server is one upstream, or one of the addresses of its name. Down is an opinion: where nothing else is left, servers
+// that are down are tried.
+//
+//     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
+//     up, down -- --check-fall failed checks (Checked) --> down until checks go well
+//     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
@@ -2072,14 +2075,14 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
-    internal int Fails { get; set; }
-    internal long FailedAt { get; set; }
-    internal long DownUntil { get; set; } // after failed connects
-    internal bool IsCheckedDown { get; set; }
+    internal bool IsDown { get; set; }
+    internal long Until { get; set; } // down: it is left alone; up: the next failed connect counts with those before
+    internal int Fails { get; set; } // connects, while it is up
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
 
-    internal bool IsUp(long now) => !IsCheckedDown && now >= DownUntil;
+    internal bool IsUp(long now) => !IsDown || now >= Until;
+    internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
 
     /// <summary>How much of its weight counts, in percent: all of it, or what a slow start allows.</summary>
     internal int Percent(long now)
@@ -2118,7 +2121,7 @@ internal readonly struct Connection(Upstream? upstream, Server? server, Dial? di
 internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings settings, IPAddress? source, string route, Log log)
 {
     private readonly Lock _gate = new();
-    private readonly bool _isMarking = settings.MaxFails > 0 && settings.FailTimeout > TimeSpan.Zero;
+    private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
     private readonly List<Server> _candidates = []; // of the choice that is being made
     private readonly List<Server> _known = []; // those, and whoever has left the name but still has connections
     private Server[] _servers = []; // replaced as a whole
@@ -2226,13 +2229,13 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         lock (_gate)
         {
             FindCandidates(tried, now, out isFull);
-            Server? server = _candidates.Count > 0 ? Pick(client, now) : null;
+            Server? server = _candidates.Count == 0 || isFull ? null : Pick(client, now);
             if (server is not null)
             {
                 Interlocked.Increment(ref server.Active);
-                if (IsMarked(server) && now >= server.DownUntil)
+                if (server.IsDown && now >= server.Until)
                 {
-                    server.DownUntil = now + (long)settings.FailTimeout.TotalMilliseconds; // this client tries it for all
+                    server.Until = now + _failTimeout; // this client tries it for all
                 }
             }
 
@@ -2241,42 +2244,32 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     }
 
     /// <summary>The best there are: servers that are up; where those are down or full, backups (nginx's meaning); where none
-    /// of them is up, full or not, those that are down.</summary>
+    /// of them is up, full or not, those that are down. Full ones are to be waited for.</summary>
     private void FindCandidates(List<Server>? tried, long now, out bool isFull)
     {
-        const int Down = 2;
+        const int Full = 2;
+        const int DownAndFull = 4;
         int best = int.MaxValue;
-        int bestFull = int.MaxValue;
         _candidates.Clear();
         foreach (Server server in _servers)
         {
-            if (server.Weight == 0 || tried?.Contains(server) == true)
+            int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
+                : !server.HasRoom ? Full : server.Upstream.Config.IsBackup ? 1 : 0;
+            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
             {
                 continue;
             }
 
-            int rank = !server.IsUp(now) ? Down : server.Upstream.Config.IsBackup ? 1 : 0;
-            if (!server.HasRoom)
+            if (rank < best)
             {
-                bestFull = Math.Min(rank, bestFull);
+                _candidates.Clear();
             }
-            else if (rank <= best)
-            {
-                if (rank < best)
-                {
-                    _candidates.Clear();
-                }
 
-                _candidates.Add(server);
-                best = rank;
-            }
+            _candidates.Add(server);
+            best = rank;
         }
 
-        isFull = bestFull < int.MaxValue;
-        if (best == Down && bestFull < Down)
-        {
-            _candidates.Clear();
-        }
+        isFull = best is Full or DownAndFull;
     }
 
     private Server Pick(ulong client, long now)
@@ -2386,71 +2379,57 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>A connect has ended, well or not.</summary>
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
-        if (failure is null ? server.Fails == 0 : !failure.IsWorthRetry || !_isMarking || Servers.Length == 1)
+        if (failure is null ? !server.IsDown : !failure.IsWorthRetry)
         {
             return;
         }
 
-        bool isNews;
         lock (_gate)
         {
-            bool wasMarked = IsMarked(server);
-            if (failure is null ? wasMarked : !wasMarked && now - server.FailedAt > settings.FailTimeout.TotalMilliseconds)
+            if (server.IsCheckedDown)
             {
-                server.Fails = 0;
+                return; // which only checks end
             }
 
             if (failure is null)
             {
-                server.DownUntil = 0;
-                server.BackSince = wasMarked && Servers.Length > 1 ? now : server.BackSince;
+                Turn(server, isDown: false, "connected", now);
             }
-            else
+            else if (settings.MaxFails > 0 && _failTimeout > 0 && _servers.Length > 1)
             {
-                server.Fails++;
-                server.FailedAt = now;
-                server.DownUntil = IsMarked(server) ? now + (long)settings.FailTimeout.TotalMilliseconds : 0;
+                server.Fails = now <= server.Until ? server.Fails + 1 : 1;
+                server.Until = now + _failTimeout;
+                Turn(server, server.IsDown || server.Fails >= settings.MaxFails, failure.Words, now);
             }
-
-            isNews = wasMarked != IsMarked(server) && !server.IsCheckedDown;
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, failure is null, failure is null ? "connected" : failure.Words);
         }
     }
 
-    /// <summary>A check has ended, well or not.</summary>
-    internal void Checked(Server server, string? failure, long now)
+    /// <summary>A check has ended, well or not. What connects have said before does not count any more when checks have turned
+    /// the server: it was of the same illness.</summary>
+    internal void Checked(Server server, CloseReason? failure, long now)
     {
         bool isDown = failure is not null;
-        bool isNews;
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
-            if (server.Contrary < (isDown ? settings.CheckFall : settings.CheckRise) || server.Contrary == 0)
+            if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
-                return;
+                server.Contrary = 0;
+                Turn(server, isDown, isDown ? $"check: {failure!.Words}" : "check passed", now);
+                server.Until = isDown ? long.MaxValue : now;
             }
-
-            server.Contrary = 0;
-            server.IsCheckedDown = isDown;
-            server.BackSince = isDown || Servers.Length == 1 ? 0 : now;
-            isNews = !isDown || !IsMarked(server);
-            if (!isDown)
-            {
-                (server.Fails, server.DownUntil) = (0, 0); // the failed connects before it were of the same illness
-            }
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
         }
     }
 
-    private bool IsMarked(Server server) => _isMarking && server.Fails >= settings.MaxFails;
+    private void Turn(Server server, bool isDown, string reason, long now)
+    {
+        if (server.IsDown != isDown)
+        {
+            (server.IsDown, server.Fails) = (isDown, 0);
+            server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
+            log.ServerState(route, server.Title, !isDown, reason);
+        }
+    }
 }
 
 /// <summary>Consistent hashing (Eisenbud et al., Maglev, NSDI 2016, 3.4): each server goes through the table in an order of
@@ -2880,7 +2859,7 @@ internal sealed class UpstreamPool
             CloseReason? failure = await ProbeAsync(server);
             if (_isChecking && failure is not { IsWorthRetry: false }) // out of descriptors is no fault of the server's
             {
-                server.Balancer.Checked(server, failure?.Words, Environment.TickCount64);
+                server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
 
             if (failure is not null)
