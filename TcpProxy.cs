@@ -2042,34 +2042,27 @@ internal sealed class PoolSettings
 }
 
 /// <summary>One upstream of a route, and where its addresses come from.</summary>
-internal sealed class Upstream
+internal sealed class Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
 {
-    private readonly IPAddress[] _known;
-
-    internal Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        Config = settings;
-        IPAddress[]? known = Kind == AddressKind.Tcp ? Resolver.Known(settings.Address.Host) : [];
-        _known = known ?? [];
-        Resolver = known is null ? new Resolver(settings.Address.Host, connect.Resolve, route, log) : null;
-    }
-
-    internal UpstreamSettings Config { get; }
+    internal UpstreamSettings Config { get; } = settings;
     internal AddressKind Kind => Config.Address.Kind;
     internal string Title => Config.Name ?? Config.Address.Text;
-    internal Resolver? Resolver { get; } // null where nothing needs to be looked up
-    internal IPAddress[] Addresses => Resolver?.Addresses ?? _known;
+
+    /// <summary>Null where nothing needs to be looked up.</summary>
+    internal Resolver? Resolver { get; } =
+        settings.Address.Kind != AddressKind.Tcp || Resolver.Known(settings.Address.Host) is not null ? null
+        : new Resolver(settings.Address.Host, connect.Resolve, route, log);
 }
 
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
-internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets, string title)
+internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets)
 {
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
     internal Upstream Upstream { get; } = upstream;
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = title; // for the log, and for Maglev
+    internal string Title { get; set; } = ""; // for the log, and for Maglev
     internal int Weight => Upstream.Config.Weight;
     internal bool HasRoom => Upstream.Config.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
 
@@ -2080,6 +2073,7 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
     internal int Fails { get; set; } // connects, while it is up
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
+    internal bool IsChecked { get; set; } // by a loop of its own
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -2106,7 +2100,8 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
 
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream? upstream, Server? server, Dial? dial, CloseReason? failure)
+internal readonly struct Connection(
+    Upstream? upstream, Server? server = null, Dial? dial = null, CloseReason? failure = null)
 {
     internal Upstream? Upstream { get; } = upstream; // null: it has not come to one of several
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
@@ -2123,9 +2118,9 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     private readonly Lock _gate = new();
     private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
     private readonly List<Server> _candidates = []; // of the choice that is being made
-    private readonly List<Server> _known = []; // those, and whoever has left the name but still has connections
-    private Server[] _servers = []; // replaced as a whole
-    private IPAddress[][] _found = []; // what they were made from
+    private readonly List<Server> _known = []; // in use, or with connections that are older than what the name is now
+    private Server[] _servers = []; // in use; replaced as a whole
+    private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
     private ulong _random = (ulong)Random.Shared.NextInt64() | 1;
 
@@ -2140,73 +2135,51 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>Takes over what look-ups have found. A server whose address stays keeps its state.</summary>
     internal void Update()
     {
-        if (IsCurrent())
+        int changes = Resolver.Changes;
+        if (changes == Volatile.Read(ref _changes))
         {
             return;
         }
 
         lock (_gate)
         {
-            IPAddress[][] found = Array.ConvertAll(upstreams, upstream => upstream.Addresses);
             List<Server> servers = [];
             _known.RemoveAll(server => Volatile.Read(ref server.Active) == 0 && Array.IndexOf(_servers, server) < 0);
-            for (int i = 0; i < upstreams.Length; i++)
-            {
-                Add(servers, upstreams[i], found[i]);
-            }
-
-            _known.AddRange(servers.FindAll(server => !_known.Contains(server)));
-
+            Array.ForEach(upstreams, upstream => Add(servers, upstream));
             _table = [];
             Volatile.Write(ref _servers, [.. servers]);
-            Volatile.Write(ref _found, found);
+            Volatile.Write(ref _changes, changes);
         }
 
         Line?.Serve();
     }
 
-    private bool IsCurrent()
-    {
-        IPAddress[][] found = Volatile.Read(ref _found);
-        for (int i = 0; i < found.Length; i++)
-        {
-            if (found[i] != upstreams[i].Addresses)
-            {
-                return false;
-            }
-        }
-
-        return found.Length > 0;
-    }
-
-    private void Add(List<Server> servers, Upstream upstream, IPAddress[] addresses)
+    /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
+    private void Add(List<Server> servers, Upstream upstream)
     {
         UpstreamAddress address = upstream.Config.Address;
         int port = address.PortAt(portIndex);
-        string title = upstream.Config.Name ?? (upstream.Kind == AddressKind.Tcp ? $"{address.Host}:{port}" : address.Text);
-        if (upstream.Resolver is null)
+        EndPoint[] all = upstream.Kind switch
         {
-            EndPoint[] targets = upstream.Kind == AddressKind.Unix ? [new UnixDomainSocketEndPoint(address.Host)]
-                : Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port));
-            Add(targets, addresses.Length == 1 && upstream.Config.Name is null ? targets[0].ToString()! : title);
-            return;
-        }
-
-        bool isUsable = Array.Exists(addresses, ip => ip.AddressFamily == source?.AddressFamily);
-        foreach (IPAddress ip in addresses)
+            AddressKind.Tcp => Array.ConvertAll(
+                upstream.Resolver?.Addresses ?? Resolver.Known(address.Host)!, EndPoint (ip) => new IPEndPoint(ip, port)),
+            AddressKind.Unix => [new UnixDomainSocketEndPoint(address.Host)],
+            _ => [],
+        };
+        string title = upstream.Config.Name ?? (upstream.Kind != AddressKind.Tcp ? address.Text
+            : upstream.Resolver is null && all.Length == 1 ? $"{all[0]}" : $"{address.Host}:{port}");
+        EndPoint[] usable = Array.FindAll(all, target => target.AddressFamily == source?.AddressFamily);
+        usable = usable.Length > 0 ? usable : all;
+        foreach (EndPoint[] targets in upstream.Resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
         {
-            if (!isUsable || ip.AddressFamily == source!.AddressFamily)
+            Server? server = _known.Find(server => server.Upstream == upstream
+                && (upstream.Resolver is null || server.Targets[0].Equals(targets[0])));
+            if (server is null)
             {
-                IPEndPoint target = new(ip, port);
-                Add([target], addresses.Length == 1 ? title : $"{title}/{target}");
+                _known.Add(server = new Server(this, upstream, targets));
             }
-        }
 
-        void Add(EndPoint[] targets, string title)
-        {
-            Server server = _known.Find(server => server.Upstream == upstream
-                && (targets.Length == 0 || server.Targets[0].Equals(targets[0]))) ?? new Server(this, upstream, targets, title);
-            server.Title = title;
+            server.Title = upstream.Resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
             if (!servers.Contains(server))
             {
                 servers.Add(server);
@@ -2357,17 +2330,14 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
             return null;
         }
 
-        List<Server> others = [server];
+        List<Server> racers = [server];
         lock (_gate)
         {
-            others.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
+            racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
                 && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
-        IPAddress[] order = Resolver.Interleave([.. others.ConvertAll(AddressOf)]);
-        return Array.ConvertAll(order, address => others.Find(other => AddressOf(other).Equals(address))!);
-
-        static IPAddress AddressOf(Server server) => ((IPEndPoint)server.Targets[0]).Address;
+        return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
     }
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
@@ -2379,7 +2349,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>A connect has ended, well or not.</summary>
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
-        if (failure is null ? !server.IsDown : !failure.IsWorthRetry)
+        if (!IsTelling(server, failure) || (failure is null && !server.IsDown))
         {
             return;
         }
@@ -2409,6 +2379,11 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     internal void Checked(Server server, CloseReason? failure, long now)
     {
         bool isDown = failure is not null;
+        if (!IsTelling(server, failure))
+        {
+            return;
+        }
+
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
@@ -2419,6 +2394,17 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
                 server.Until = isDown ? long.MaxValue : now;
             }
         }
+    }
+
+    /// <summary>What failed was the server, or perhaps its address; that descriptors are short is no fault of its.</summary>
+    private static bool IsTelling(Server server, CloseReason? failure)
+    {
+        if (failure is not null)
+        {
+            server.Upstream.Resolver?.Doubt();
+        }
+
+        return failure is not { IsWorthRetry: false };
     }
 
     private void Turn(Server server, bool isDown, string reason, long now)
@@ -2650,7 +2636,7 @@ internal sealed class UpstreamPool
         int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
         long deadline = Watched.Deadline(_connect.Timeout); // of the first server, the look-up of its name included
-        if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
+        if (Array.Exists(_resolvers, resolver => !resolver.IsFresh))
         {
             await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
         }
@@ -2658,7 +2644,7 @@ internal sealed class UpstreamPool
         Balancer balancer = BalancerOf(portIndex);
         ulong key = _settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
         Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
-        Connection last = new(only, null, null, balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
+        Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
         int retries = _connect.Retries;
         while (true)
@@ -2668,7 +2654,7 @@ internal sealed class UpstreamPool
             if (isFull && server is null)
             {
                 (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
-                last = tried is null ? new Connection(only, null, null, refusal) : last;
+                last = tried is null ? new Connection(only, failure: refusal) : last;
                 deadline = Watched.Deadline(_connect.Timeout);
             }
 
@@ -2678,7 +2664,7 @@ internal sealed class UpstreamPool
             }
 
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
-            last = racers is null ? await DialAsync(server, deadline) : await RaceAsync(racers, deadline);
+            last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
             {
                 return last;
@@ -2724,19 +2710,14 @@ internal sealed class UpstreamPool
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
-        Balancer? balancer = Volatile.Read(ref place);
-        if (balancer is null)
+        if (Volatile.Read(ref place) is null)
         {
             Balancer made = new(_upstreams, portIndex, _settings, _connect.Source, _route, _log);
-            made.Update();
-            balancer = Interlocked.CompareExchange(ref place, made, null) ?? made;
-        }
-        else if (_resolvers.Length > 0)
-        {
-            balancer.Update();
+            Interlocked.CompareExchange(ref place, made, null);
         }
 
-        return balancer;
+        place!.Update();
+        return place;
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
@@ -2749,71 +2730,51 @@ internal sealed class UpstreamPool
         return (server, refusal);
     }
 
-    /// <summary>Connects to a server in which a place has been taken; it is given back when that fails.</summary>
-    private async ValueTask<Connection> DialAsync(Server server, long deadline)
+    /// <summary>Connects to a server in which a place has been taken, or to the first to answer of those beside it, which then
+    /// has the place; it is given back when all fail.</summary>
+    private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
-        if (server.Targets.Length == 0)
-        {
-            return new Connection(server.Upstream, server, null, null);
-        }
-
+        Server? winner = null;
         try
         {
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-            Dialled(server, failure);
-            if (failure is null)
+            if (first.Targets.Length == 0)
             {
-                return new Connection(server.Upstream, server, dial, null);
+                return new Connection(first.Upstream, winner = first);
             }
 
-            server.Leave();
-            return new Connection(server.Upstream, null, null, failure);
-        }
-        catch
-        {
-            server.Leave();
-            throw;
-        }
-    }
-
-    /// <summary>The same with others beside it, the first of which may win: then the place is taken there.</summary>
-    private async ValueTask<Connection> RaceAsync(Server[] racers, long deadline)
-    {
-        Server first = racers[0];
-        try
-        {
-            List<Dial> failed = [];
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(
-                Array.ConvertAll(racers, racer => racer.Targets[0]), _connect.Source, deadline, failed);
-            foreach (Dial loser in failed)
+            EndPoint[] targets = racers is null ? first.Targets : Array.ConvertAll(racers, racer => racer.Targets[0]);
+            List<Dial>? losers = racers is null ? null : [];
+            Dial dial = await Dialer.DialAsync(targets, _connect.Source, deadline, losers);
+            CloseReason? failure = await dial.Outcome;
+            for (int i = 0; i < losers?.Count; i++)
             {
-                Dialled(OwnerOf(loser), await loser.Outcome!);
+                Server loser = OwnerOf(racers!, losers[i]);
+                loser.Balancer.Dialled(loser, await losers[i].Outcome, Environment.TickCount64);
             }
 
-            Server? winner = dial is null ? null : OwnerOf(dial);
-            if (winner is not null)
+            Server last = racers is null ? first : OwnerOf(racers, dial);
+            last.Balancer.Dialled(last, failure, Environment.TickCount64);
+            if (failure is not null)
             {
-                Dialled(winner, null);
-                Interlocked.Increment(ref winner.Active);
+                return new Connection(first.Upstream, failure: failure);
             }
 
-            return new Connection(first.Upstream, winner, dial, failure);
+            if (last != first)
+            {
+                Interlocked.Increment(ref last.Active);
+            }
+
+            return new Connection(first.Upstream, winner = last, dial);
         }
         finally
         {
-            first.Leave();
+            if (winner != first)
+            {
+                first.Leave();
+            }
         }
 
-        Server OwnerOf(Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
-    }
-
-    private static void Dialled(Server server, CloseReason? failure)
-    {
-        server.Balancer.Dialled(server, failure, Environment.TickCount64);
-        if (failure is not null)
-        {
-            server.Upstream.Resolver?.Doubt();
-        }
+        static Server OwnerOf(Server[] racers, Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
     }
 
     // ---- active checks
@@ -2832,19 +2793,17 @@ internal sealed class UpstreamPool
     /// <summary>Begins to check each server, now and whenever the look-up of a name has found new ones.</summary>
     private async Task CheckAllAsync()
     {
-        List<Server> seen = [];
         do
         {
             await Resolver.RefreshAsync(_resolvers, isKnown: false, Watched.Deadline(_connect.Timeout));
-            List<Server> servers = [];
             for (int i = 0; i < _balancers.Length; i++)
             {
-                servers.AddRange(BalancerOf(i).Servers);
+                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && !one.IsChecked))
+                {
+                    _ = CheckAsync(server);
+                }
             }
 
-            servers.FindAll(server => server.Targets.Length > 0 && !seen.Contains(server))
-                .ForEach(server => _ = CheckAsync(server));
-            seen = servers;
             await Task.Delay(_settings.Check);
         }
         while (_isChecking && _resolvers.Length > 0);
@@ -2853,35 +2812,33 @@ internal sealed class UpstreamPool
     private async Task CheckAsync(Server server)
     {
         int interval = (int)_settings.Check.TotalMilliseconds;
+        server.IsChecked = true;
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
             CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking && failure is not { IsWorthRetry: false }) // out of descriptors is no fault of the server's
+            if (_isChecking)
             {
                 server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
 
-            if (failure is not null)
-            {
-                server.Upstream.Resolver?.Doubt();
-            }
-
             await Task.Delay(interval - (interval / 10) + Random.Shared.Next((interval / 5) + 1));
         }
+
+        server.IsChecked = false;
     }
 
     private async Task<CloseReason?> ProbeAsync(Server server)
     {
         TimeSpan time = _connect.Timeout > TimeSpan.Zero && _connect.Timeout < _settings.Check ? _connect.Timeout : _settings.Check;
         long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
-        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-        if (dial is null)
+        Dial dial = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
+        if (await dial.Outcome is { } failure)
         {
             return failure;
         }
 
-        using Socket socket = dial.Socket;
+        using Socket socket = dial.Socket!;
         try
         {
             TimeSpan left = TimeSpan.FromMilliseconds(Math.Max(1, deadline - Environment.TickCount64));
@@ -2941,6 +2898,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private const int Moment = 250; // ms: how long a connection waits for a look-up that it could do without
     private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
 
+    private static int _changes;
+
     private readonly Lock _gate = new();
     private volatile IPAddress[] _addresses = [];
     private Task? _lookup; // the one that runs; under _gate
@@ -2948,7 +2907,10 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private long _answeredAt;
     private long _freshUntil = long.MinValue;
 
-    /// <summary>The last known ones; the same array as before when they have not changed.</summary>
+    /// <summary>Of all names: how often their addresses have.</summary>
+    internal static int Changes => Volatile.Read(ref _changes);
+
+    /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
@@ -3010,8 +2972,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         try
         {
             // getaddrinfo blocks, and the pool is for what does not
-            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
-                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default));
+            found = Interleave([.. await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
+                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)], ip => ip.AddressFamily);
         }
 #pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
         catch (Exception e)
@@ -3027,6 +2989,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         {
             _answeredAt = Environment.TickCount64;
             _addresses = isSame ? _addresses : found;
+            Interlocked.Add(ref _changes, isSame ? 0 : 1);
             _lookup = null;
             long time = failure is null ? (long)keep.TotalMilliseconds : Math.Min((long)keep.TotalMilliseconds, LeastPause);
             Volatile.Write(ref _freshUntil, _answeredAt + time);
@@ -3048,11 +3011,11 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     }
 
     /// <summary>RFC 8305, 4: the families in turn, beginning with that of the resolver's first choice (RFC 6724).</summary>
-    internal static IPAddress[] Interleave(IPAddress[] addresses)
+    internal static T[] Interleave<T>(List<T> items, Converter<T, AddressFamily> family)
+        where T : class
     {
-        List<IPAddress> first = [.. addresses];
-        List<IPAddress> second = first.FindAll(address => address.AddressFamily != addresses[0].AddressFamily);
-        first.RemoveAll(second.Contains);
+        List<T> second = items.FindAll(item => family(item) != family(items[0]));
+        List<T> first = items.FindAll(item => !second.Contains(item));
         for (int i = 0; i < second.Count; i++)
         {
             first.Insert(Math.Min((2 * i) + 1, first.Count), second[i]);
@@ -3068,41 +3031,36 @@ internal sealed class Dial : Watched
     private readonly long _deadline;
     private CloseReason? _ended; // by the sweep, or Done: whoever is first
 
-    private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
-
-    internal Socket Socket { get; } // owned until it has succeeded
-    internal EndPoint Target { get; }
-    internal Task<CloseReason?>? Outcome { get; private set; }
-
-    /// <exception cref="SocketException">no socket: out of descriptors, or the source address is not ours</exception>
-    internal static Dial Start(EndPoint target, IPAddress? source, long deadline)
+    /// <summary>Begins at once.</summary>
+    internal Dial(EndPoint target, IPAddress? source, long deadline)
     {
-        bool isUnix = target.AddressFamily == AddressFamily.Unix;
-        Socket socket = new(target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
-        try
-        {
-            if (!isUnix)
-            {
-                SocketOptions.Relay(socket);
-                SocketOptions.BindSource(socket, source);
-            }
-
-            return new Dial(socket, target, deadline);
-        }
-        catch (SocketException)
-        {
-            socket.Dispose();
-            throw;
-        }
+        (Target, _deadline) = (target, deadline);
+        Outcome = ConnectAsync(source);
     }
 
-    /// <summary>Null when connected, else why not.</summary>
-    internal Task<CloseReason?> RunAsync() => Outcome = ConnectAsync();
+    internal Socket? Socket { get; private set; } // owned until it has succeeded
+    internal EndPoint Target { get; }
 
-    private async Task<CloseReason?> ConnectAsync()
+    /// <summary>Null when connected, else why not.</summary>
+    internal Task<CloseReason?> Outcome { get; }
+
+    private async Task<CloseReason?> ConnectAsync(IPAddress? source)
     {
+        bool isUnix = Target.AddressFamily == AddressFamily.Unix;
+        if (!isUnix && source is not null && source.AddressFamily != Target.AddressFamily)
+        {
+            return CloseReason.WrongFamily;
+        }
+
         try
         {
+            Socket = new(Target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+            if (!isUnix)
+            {
+                SocketOptions.Relay(Socket);
+                SocketOptions.BindSource(Socket, source);
+            }
+
             ValueTask connecting = Socket.ConnectAsync(Target, CancellationToken.None);
             if (!connecting.IsCompleted)
             {
@@ -3110,7 +3068,7 @@ internal sealed class Dial : Watched
             }
 
             await connecting;
-            if (IsLoop())
+            if (IsLoop(Socket))
             {
                 throw new SocketException((int)SocketError.ConnectionRefused);
             }
@@ -3119,7 +3077,7 @@ internal sealed class Dial : Watched
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            Socket.Dispose();
+            Socket?.Dispose();
             return _ended ?? CloseReason.OfConnect(e);
         }
         finally
@@ -3130,7 +3088,8 @@ internal sealed class Dial : Watched
 
     /// <summary>Where nobody listens, a connect to an own port that the system picks for its near end as well succeeds:
     /// TCP's simultaneous open with itself.</summary>
-    private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
+    private bool IsLoop(Socket socket) =>
+        Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(socket.LocalEndPoint);
 
     internal override bool Check(long now)
     {
@@ -3144,11 +3103,18 @@ internal sealed class Dial : Watched
 
     internal override void Stop() => End(CloseReason.StoppedConnecting);
 
-    internal void End(CloseReason reason)
+    /// <summary>Another was faster, perhaps by so little that this one has succeeded as well.</summary>
+    internal void Lose()
+    {
+        End(CloseReason.Outrun);
+        Socket?.Close(0);
+    }
+
+    private void End(CloseReason reason)
     {
         if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
         {
-            Socket.Close(0); // makes the pending connect end
+            Socket?.Close(0); // makes the pending connect end
         }
     }
 }
@@ -3157,87 +3123,63 @@ internal static class Dialer
 {
     private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
 
-    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Those that
-    /// did not are added to <paramref name="failed"/>, those that were not waited for are not.</summary>
-    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? failed = null)
+    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Returns that
+    /// attempt, or else the last one. The others that have failed are added to <paramref name="losers"/>, those that
+    /// were not waited for are not.</summary>
+    internal static async ValueTask<Dial> DialAsync(
+        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? losers = null)
     {
-        CloseReason noTarget = targets.Length == 0 ? CloseReason.NotResolved : CloseReason.WrongFamily;
-        if (source is not null)
+        if (targets.Length > 1)
         {
-            targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
-                || target.AddressFamily == AddressFamily.Unix);
+            return await RaceAsync(targets, source, deadline, losers ?? []);
         }
 
-        if (targets.Length != 1)
-        {
-            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, source, deadline, failed ?? []);
-        }
-
-        (Dial? dial, CloseReason? failure) = Start(targets[0], source, deadline);
-        failure ??= await dial!.RunAsync();
-        return failure is null ? (dial, null) : (null, failure);
-    }
-
-    private static (Dial? Dial, CloseReason? Failure) Start(EndPoint target, IPAddress? source, long deadline)
-    {
-        try
-        {
-            return (Dial.Start(target, source, deadline), null);
-        }
-        catch (SocketException e)
-        {
-            return (null, CloseReason.OfConnect(e));
-        }
+        Dial dial = new(targets[0], source, deadline);
+        await dial.Outcome;
+        return dial;
     }
 
     /// <summary>RFC 8305: the next address is tried when the last one failed or has not answered for a while; the
     /// first to connect wins and the others are closed.</summary>
-    private static async Task<(Dial? Dial, CloseReason? Failure)> RaceAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial> failed)
+    private static async Task<Dial> RaceAsync(EndPoint[] targets, IPAddress? source, long deadline, List<Dial> losers)
     {
         List<Dial> running = [];
-        CloseReason? failure = null;
         for (int next = 0; next < targets.Length || running.Count > 0;)
         {
             if (next < targets.Length)
             {
-                (Dial? dial, failure) = Start(targets[next++], source, deadline);
-                if (dial is not null)
-                {
-                    _ = dial.RunAsync();
-                    running.Add(dial);
-                }
+                running.Add(new Dial(targets[next++], source, deadline));
             }
 
             await AnyEndAsync(running, next < targets.Length);
             for (int i = running.Count - 1; i >= 0; i--)
             {
                 Dial dial = running[i];
-                if (dial.Outcome!.IsCompleted)
+                if (dial.Outcome.IsCompleted)
                 {
-                    failure = await dial.Outcome;
                     running.RemoveAt(i);
-                    if (failure is null)
+                    if (await dial.Outcome is null)
                     {
-                        running.ForEach(loser => loser.End(CloseReason.Outrun));
-                        failed.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
-                        return (dial, null);
+                        running.ForEach(loser => loser.Lose());
+                        losers.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
+                        return dial;
                     }
 
-                    failed.Add(dial);
+                    losers.Add(dial);
                 }
             }
         }
 
-        return (null, failure);
+        Dial last = losers[^1];
+        losers.Remove(last);
+        return last;
     }
 
     private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
     {
-        if (running.Count > 0 && !running[^1].Outcome!.IsCompleted)
+        if (!running[^1].Outcome.IsCompleted)
         {
-            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome!));
+            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome));
             await (hasNext ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
         }
