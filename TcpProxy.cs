@@ -401,26 +401,15 @@ internal sealed class Option(
 }
 
 /// <summary>An option as it was typed: where (for the message when it is wrong) and with what value.</summary>
-internal readonly struct Setting(Option option, string value, string where)
+internal sealed class Setting(Option option, string value, string where)
 {
     internal Option Option { get; } = option;
-    private readonly string _value = value;
     internal string Where { get; } = where;
 
     /// <summary>The same with one more word.</summary>
-    internal Setting With(string word) => new(Option, $"{_value} {word}", Where);
+    internal Setting With(string word) => new(Option, $"{value} {word}", Where);
 
-    internal void Apply(Settings settings, RouteSettings route)
-    {
-        try
-        {
-            Option.Apply(settings, route, _value);
-        }
-        catch (FormatException e)
-        {
-            throw Wrong(e.Message);
-        }
-    }
+    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () => Option.Apply(settings, route, value));
 
     internal FormatException Wrong(string what) => new($"{Where}: {what}");
 }
@@ -707,8 +696,8 @@ internal static class CommandLine
         RouteSettings route = defaults.Clone();
         if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
         {
-            route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
-            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamSettings.Parse($"{Bracket(words[2])}:{v}")));
+            Text.At("LOCAL_PORT", () => route.Listen = ListenAddress.Parse($"{Bracket(words[0])}:{words[1]}"));
+            Text.At("FORWARD_PORT", () => route.Upstreams.Add(UpstreamSettings.Parse($"{Bracket(words[2])}:{words[3]}")));
             return words.Count == 4 ? route : throw new FormatException(
                 $"'{words[4]}': unexpected argument after the four of the original form"
                 + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
@@ -720,12 +709,11 @@ internal static class CommandLine
                 + "(the original form is LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT)");
         }
 
-        route.Listen = At("LISTEN", words[0], ListenAddress.Parse);
-        for (int i = 1; i < words.Count; i++)
+        Text.At("LISTEN", () => route.Listen = ListenAddress.Parse(words[0]));
+        foreach (string word in words.GetRange(1, words.Count - 1))
         {
-            string word = words[i];
-            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamSettings.Parse)
-                : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
+            Text.At("UPSTREAM", () => route.Upstreams.Add(Option.Find(word) is null ? UpstreamSettings.Parse(word)
+                : throw new FormatException($"'{word}' is no address; did you mean '--{word}'?")));
         }
 
         return route;
@@ -734,18 +722,6 @@ internal static class CommandLine
 
         static bool IsHost(string word) => !Text.IsDigits(word)
             && (IPAddress.TryParse(word, out _) || !word.Contains(':', StringComparison.Ordinal));
-
-        static T At<T>(string where, string word, Func<string, T> parse)
-        {
-            try
-            {
-                return parse(word);
-            }
-            catch (FormatException e)
-            {
-                throw new FormatException($"{where}: {e.Message}");
-            }
-        }
     }
 
     private static string Load(string file)
@@ -995,7 +971,7 @@ internal sealed class Route
             if (known is null)
             {
                 UpstreamPool pool = new(
-                    settings.Upstreams.FindAll(one => Group(one) == group), settings.Pool, settings.Connect, Title, log);
+                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1954,14 +1930,14 @@ internal sealed class Refusals(string route, Log log) : Watched
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
 {
-    private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
-
     internal UpstreamAddress Address { get; } = address;
     internal int Weight { get; private set; } = 1; // 0 = drained: no new connections
     internal bool IsBackup { get; private set; }
     internal int MaxConnections { get; private set; } // 0 = off
     internal TimeSpan SlowStart { get; private set; } = TimeSpan.FromSeconds(10);
     internal string? Name { get; private set; }
+    internal string Title => Name ?? Address.Text;
+    internal AddressKind Kind => Address.Kind;
 
     /// <summary>The TLS names of the clients that it serves; null = it is of the fallback group.</summary>
     internal string[]? ServerNames { get; set; }
@@ -1990,28 +1966,25 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     private void Apply(string word)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
-        (string key, string value) = equals < 0 ? (word, "") : (word[..equals], word[(equals + 1)..]);
-        int index = Text.ParseWord(key, "setting", Keys);
-        if ((equals < 0) != (key == "backup"))
+        string key = equals < 0 ? word : word[..equals];
+        int index = Text.ParseWord(key, "setting", "backup", "weight", "max-connections", "slow-start", "name");
+        if ((equals < 0) != (index == 0))
         {
             throw new FormatException(equals < 0 ? $"{key}: needs a value, as in {key}=5" : $"{key}: takes no value");
         }
 
-        try
+        string value = word[(equals + 1)..];
+        Text.At(key, () =>
         {
             switch (index)
             {
-                case 0: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
-                case 1: IsBackup = true; break;
+                case 0: IsBackup = true; break;
+                case 1: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
                 case 2: MaxConnections = Units.ParseCount(value); break;
                 case 3: SlowStart = Units.ParseTime(value); break;
                 default: Name = value.Length > 0 ? value : throw new FormatException("a name has at least one character"); break;
             }
-        }
-        catch (FormatException e)
-        {
-            throw new FormatException($"{key}: {e.Message}");
-        }
+        });
     }
 }
 
@@ -2041,30 +2014,18 @@ internal sealed class PoolSettings
     internal PoolSettings Clone() => (PoolSettings)MemberwiseClone();
 }
 
-/// <summary>One upstream of a route, and where its addresses come from.</summary>
-internal sealed class Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
-{
-    internal UpstreamSettings Config { get; } = settings;
-    internal AddressKind Kind => Config.Address.Kind;
-    internal string Title => Config.Name ?? Config.Address.Text;
-
-    /// <summary>Null where nothing needs to be looked up.</summary>
-    internal Resolver? Resolver { get; } =
-        settings.Address.Kind != AddressKind.Tcp || Resolver.Known(settings.Address.Host) is not null ? null
-        : new Resolver(settings.Address.Host, connect.Resolve, route, log);
-}
-
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
-internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets)
+internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
-    internal Upstream Upstream { get; } = upstream;
+    internal UpstreamSettings Upstream { get; } = upstream;
+    internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal string Title { get; set; } = ""; // for the log, and for Maglev
-    internal int Weight => Upstream.Config.Weight;
-    internal bool HasRoom => Upstream.Config.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal int Weight => Upstream.Weight;
+    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
@@ -2081,12 +2042,8 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
     /// <summary>How much of its weight counts, in percent: all of it, or what a slow start allows.</summary>
     internal int Percent(long now)
     {
-        double slow = Upstream.Config.SlowStart.TotalMilliseconds;
-        if (BackSince != 0 && now - BackSince >= slow)
-        {
-            BackSince = 0;
-        }
-
+        double slow = Upstream.SlowStart.TotalMilliseconds;
+        BackSince = now - BackSince >= slow ? 0 : BackSince;
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
     }
 
@@ -2101,9 +2058,9 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
 internal readonly struct Connection(
-    Upstream? upstream, Server? server = null, Dial? dial = null, CloseReason? failure = null)
+    UpstreamSettings? upstream, Server? server = null, Dial? dial = null, CloseReason? failure = null)
 {
-    internal Upstream? Upstream { get; } = upstream; // null: it has not come to one of several
+    internal UpstreamSettings? Upstream { get; } = upstream; // null: it has not come to one of several
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
@@ -2113,7 +2070,9 @@ internal readonly struct Connection(
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
-internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings settings, IPAddress? source, string route, Log log)
+internal sealed class Balancer(
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
+    Log log)
 {
     private readonly Lock _gate = new();
     private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
@@ -2122,10 +2081,9 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     private Server[] _servers = []; // in use; replaced as a whole
     private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
-    private ulong _random = (ulong)Random.Shared.NextInt64() | 1;
 
     /// <summary>Where clients wait for room; null where there is no bound.</summary>
-    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.Config.MaxConnections > 0) ? null
+    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.MaxConnections > 0) ? null
         : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
@@ -2145,7 +2103,11 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         {
             List<Server> servers = [];
             _known.RemoveAll(server => Volatile.Read(ref server.Active) == 0 && Array.IndexOf(_servers, server) < 0);
-            Array.ForEach(upstreams, upstream => Add(servers, upstream));
+            for (int i = 0; i < upstreams.Length; i++)
+            {
+                Add(servers, upstreams[i], resolvers[i]);
+            }
+
             _table = [];
             Volatile.Write(ref _servers, [.. servers]);
             Volatile.Write(ref _changes, changes);
@@ -2155,31 +2117,31 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     }
 
     /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
-    private void Add(List<Server> servers, Upstream upstream)
+    private void Add(List<Server> servers, UpstreamSettings upstream, Resolver? resolver)
     {
-        UpstreamAddress address = upstream.Config.Address;
+        UpstreamAddress address = upstream.Address;
         int port = address.PortAt(portIndex);
-        EndPoint[] all = upstream.Kind switch
+        EndPoint[] all = address.Kind switch
         {
             AddressKind.Tcp => Array.ConvertAll(
-                upstream.Resolver?.Addresses ?? Resolver.Known(address.Host)!, EndPoint (ip) => new IPEndPoint(ip, port)),
+                resolver?.Addresses ?? Resolver.Known(address.Host)!, EndPoint (ip) => new IPEndPoint(ip, port)),
             AddressKind.Unix => [new UnixDomainSocketEndPoint(address.Host)],
             _ => [],
         };
-        string title = upstream.Config.Name ?? (upstream.Kind != AddressKind.Tcp ? address.Text
-            : upstream.Resolver is null && all.Length == 1 ? $"{all[0]}" : $"{address.Host}:{port}");
+        string title = upstream.Name ?? (address.Kind != AddressKind.Tcp ? address.Text
+            : resolver is null && all.Length == 1 ? $"{all[0]}" : $"{address.Host}:{port}");
         EndPoint[] usable = Array.FindAll(all, target => target.AddressFamily == source?.AddressFamily);
         usable = usable.Length > 0 ? usable : all;
-        foreach (EndPoint[] targets in upstream.Resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
+        foreach (EndPoint[] targets in resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
         {
             Server? server = _known.Find(server => server.Upstream == upstream
-                && (upstream.Resolver is null || server.Targets[0].Equals(targets[0])));
+                && (resolver is null || server.Targets[0].Equals(targets[0])));
             if (server is null)
             {
-                _known.Add(server = new Server(this, upstream, targets));
+                _known.Add(server = new Server(this, upstream, resolver, targets));
             }
 
-            server.Title = upstream.Resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
+            server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
             if (!servers.Contains(server))
             {
                 servers.Add(server);
@@ -2193,7 +2155,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream.Config: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -2227,7 +2189,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         foreach (Server server in _servers)
         {
             int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
-                : !server.HasRoom ? Full : server.Upstream.Config.IsBackup ? 1 : 0;
+                : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
             if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
             {
                 continue;
@@ -2293,10 +2255,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     {
         int total = 0;
         _candidates.ForEach(server => total += Share(server, now));
-        _random ^= _random << 13; // xorshift64 (Marsaglia)
-        _random ^= _random >> 7;
-        _random ^= _random << 17;
-        int draw = (int)(_random % (ulong)total);
+        int draw = Random.Shared.Next(total);
         return _candidates.Find(server => (draw -= Share(server, now)) < 0)!;
     }
 
@@ -2325,7 +2284,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Upstream.Resolver is not { Addresses.Length: > 1 } || server.Upstream.Config.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
         {
             return null;
         }
@@ -2401,7 +2360,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     {
         if (failure is not null)
         {
-            server.Upstream.Resolver?.Doubt();
+            server.Resolver?.Doubt();
         }
 
         return failure is not { IsWorthRetry: false };
@@ -2605,29 +2564,16 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 }
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
-internal sealed class UpstreamPool
+internal sealed class UpstreamPool(
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
-    private readonly Upstream[] _upstreams;
-    private readonly Resolver[] _resolvers; // of those upstreams that are names
-    private readonly Balancer?[] _balancers; // one, or one a port where ranges are mapped; made when needed
-    private readonly PoolSettings _settings;
-    private readonly ConnectSettings _connect;
-    private readonly string _route;
-    private readonly Log _log;
+    private readonly Resolver?[] _resolvers = // null for what needs no look-up
+        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+    private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
+        new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private volatile bool _isChecking;
-
-    internal UpstreamPool(
-        List<UpstreamSettings> upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        (_settings, _connect, _route, _log) = (settings, connect, route, log);
-        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream, connect, route, log))];
-        _resolvers = Array.ConvertAll(Array.FindAll(_upstreams, u => u.Resolver is not null), u => u.Resolver!);
-        int ports = 1;
-        upstreams.ForEach(upstream => ports = Math.Max(ports, upstream.Address.PortCount));
-        _balancers = new Balancer?[ports];
-    }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
     /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
@@ -2635,27 +2581,26 @@ internal sealed class UpstreamPool
     internal async ValueTask<Connection> ConnectAsync(
         int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
-        long deadline = Watched.Deadline(_connect.Timeout); // of the first server, the look-up of its name included
-        if (Array.Exists(_resolvers, resolver => !resolver.IsFresh))
+        long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
+        if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
+            await Resolver.RefreshAsync(_resolvers, deadline);
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = _settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
-        Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
         Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
-        int retries = _connect.Retries;
-        while (true)
+        for (int retries = connect.Retries; ; deadline = Watched.Deadline(connect.Timeout))
         {
             bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
-            if (isFull && server is null)
+            if (isFull)
             {
                 (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
                 last = tried is null ? new Connection(only, failure: refusal) : last;
-                deadline = Watched.Deadline(_connect.Timeout);
+                deadline = Watched.Deadline(connect.Timeout);
             }
 
             if (server is null)
@@ -2675,15 +2620,13 @@ internal sealed class UpstreamPool
             {
                 return last;
             }
-
-            deadline = Watched.Deadline(_connect.Timeout);
         }
     }
 
     /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
     internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
     {
-        long started = Environment.TickCount64;
+        long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
         UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
@@ -2691,16 +2634,11 @@ internal sealed class UpstreamPool
         while (true)
         {
             Connection connection = await pool.ConnectAsync(0);
-            connection.Release();
             connection.Socket?.Dispose();
-            if (connection.Failure is not { } failure)
+            if (connection.Failure is null || Environment.TickCount64 >= deadline)
             {
-                return null;
-            }
-
-            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
-            {
-                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
+                return connection.Failure is not { } failure ? null
+                    : $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
             }
 
             await Task.Delay(WaitPause);
@@ -2712,7 +2650,7 @@ internal sealed class UpstreamPool
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
         if (Volatile.Read(ref place) is null)
         {
-            Balancer made = new(_upstreams, portIndex, _settings, _connect.Source, _route, _log);
+            Balancer made = new(upstreams, _resolvers, portIndex, settings, connect.Source, route, log);
             Interlocked.CompareExchange(ref place, made, null);
         }
 
@@ -2744,7 +2682,7 @@ internal sealed class UpstreamPool
 
             EndPoint[] targets = racers is null ? first.Targets : Array.ConvertAll(racers, racer => racer.Targets[0]);
             List<Dial>? losers = racers is null ? null : [];
-            Dial dial = await Dialer.DialAsync(targets, _connect.Source, deadline, losers);
+            Dial dial = await Dialer.DialAsync(targets, connect.Source, deadline, losers);
             CloseReason? failure = await dial.Outcome;
             for (int i = 0; i < losers?.Count; i++)
             {
@@ -2781,7 +2719,7 @@ internal sealed class UpstreamPool
 
     internal void StartChecks()
     {
-        if (_settings.Check > TimeSpan.Zero)
+        if (settings.Check > TimeSpan.Zero)
         {
             _isChecking = true;
             _ = CheckAllAsync();
@@ -2795,7 +2733,7 @@ internal sealed class UpstreamPool
     {
         do
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: false, Watched.Deadline(_connect.Timeout));
+            await Resolver.RefreshAsync(_resolvers, Watched.Deadline(connect.Timeout));
             for (int i = 0; i < _balancers.Length; i++)
             {
                 foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && !one.IsChecked))
@@ -2804,14 +2742,14 @@ internal sealed class UpstreamPool
                 }
             }
 
-            await Task.Delay(_settings.Check);
+            await Task.Delay(settings.Check);
         }
-        while (_isChecking && _resolvers.Length > 0);
+        while (_isChecking && Array.Exists(_resolvers, resolver => resolver is not null));
     }
 
     private async Task CheckAsync(Server server)
     {
-        int interval = (int)_settings.Check.TotalMilliseconds;
+        int interval = (int)settings.Check.TotalMilliseconds;
         server.IsChecked = true;
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
@@ -2830,9 +2768,9 @@ internal sealed class UpstreamPool
 
     private async Task<CloseReason?> ProbeAsync(Server server)
     {
-        TimeSpan time = _connect.Timeout > TimeSpan.Zero && _connect.Timeout < _settings.Check ? _connect.Timeout : _settings.Check;
+        TimeSpan time = connect.Timeout > TimeSpan.Zero && connect.Timeout < settings.Check ? connect.Timeout : settings.Check;
         long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
-        Dial dial = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
+        Dial dial = await Dialer.DialAsync(server.Targets, connect.Source, deadline);
         if (await dial.Outcome is { } failure)
         {
             return failure;
@@ -2855,26 +2793,27 @@ internal sealed class UpstreamPool
     private async Task<bool> ConverseAsync(Socket socket)
     {
         const int Longest = 16 << 10; // bytes of an answer
-        byte[] words = new byte[ProxyHeader.LongestWritten + _settings.CheckSend.Length];
-        int header = _connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, _connect.SendProxy, null, null);
-        _settings.CheckSend.CopyTo(words, header);
-        if (header + _settings.CheckSend.Length > 0)
+        byte[] words = new byte[ProxyHeader.LongestWritten + settings.CheckSend.Length];
+        int length = connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, connect.SendProxy, null, null);
+        settings.CheckSend.CopyTo(words, length);
+        length += settings.CheckSend.Length;
+        if (length > 0)
         {
-            await socket.SendAsync(words.AsMemory(0, header + _settings.CheckSend.Length), SocketFlags.None);
+            await socket.SendAsync(words.AsMemory(0, length), SocketFlags.None);
         }
 
-        byte[] answer = new byte[_settings.CheckExpect.Length > 0 ? Longest : 0];
-        int length = 0;
-        for (int received = 1; received > 0 && length < answer.Length; length += received)
+        byte[] answer = new byte[settings.CheckExpect.Length > 0 ? Longest : 0];
+        int received = 0;
+        for (length = 0; answer.AsSpan(0, length).IndexOf(settings.CheckExpect) < 0; length += received)
         {
-            received = await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None);
-            if (answer.AsSpan(0, length + received).IndexOf(_settings.CheckExpect) >= 0)
+            received = length < answer.Length ? await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None) : 0;
+            if (received == 0)
             {
-                return true;
+                return false;
             }
         }
 
-        return answer.Length == 0;
+        return true;
     }
 }
 
@@ -2915,20 +2854,25 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
 
+    /// <summary>Null for what needs no look-up.</summary>
+    internal static Resolver? For(UpstreamAddress address, ConnectSettings settings, string route, Log log) =>
+        address.Kind != AddressKind.Tcp || Known(address.Host) is not null ? null
+        : new Resolver(address.Host, settings.Resolve, route, log);
+
     /// <summary>What needs no look-up, or null.</summary>
     internal static IPAddress[]? Known(string host) => IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
         : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3
         : null;
 
-    /// <summary>Looks up what is not fresh. Where addresses are known, or <paramref name="isKnown"/> says that others are,
-    /// they serve when an answer takes longer than a moment.</summary>
-    internal static async Task RefreshAsync(Resolver[] resolvers, bool isKnown, long deadline)
+    /// <summary>Looks up what is not fresh. Where addresses are known (null: without looking), they serve when an answer takes
+    /// longer than a moment.</summary>
+    internal static async Task RefreshAsync(Resolver?[] resolvers, long deadline)
     {
         List<Task> lookups = [];
         long asked = 0;
-        foreach (Resolver resolver in resolvers)
+        foreach (Resolver? resolver in resolvers)
         {
-            if (!resolver.IsFresh)
+            if (resolver is { IsFresh: false })
             {
                 lookups.Add(resolver.LookUp());
                 asked = Math.Max(asked, resolver._askedAt);
@@ -2949,7 +2893,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         }
 
-        bool IsKnown() => isKnown || Array.Exists(resolvers, resolver => resolver._addresses.Length > 0);
+        bool IsKnown() => Array.Exists(resolvers, resolver => resolver is not { _addresses.Length: 0 });
     }
 
     /// <summary>The addresses did not answer: the name may have moved.</summary>
@@ -5953,6 +5897,19 @@ internal static class Text
         int index = Array.IndexOf(words, word);
         return index >= 0 ? index : throw new FormatException($"unknown {what} '{word}'; "
             + (Nearest(word, words) is { } near ? $"did you mean '{near}'?" : $"it is one of {string.Join(", ", words)}"));
+    }
+
+    /// <summary>Says in front of what is wrong where it stands.</summary>
+    internal static void At(string where, Action read)
+    {
+        try
+        {
+            read();
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{where}: {e.Message}");
+        }
     }
 
     /// <summary>Text with the escapes \n \r \t \\ and \xNN, as bytes.</summary>
