@@ -664,6 +664,13 @@ internal static class CommandLine
                 "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
         }
 
+        List<Setting> all = [.. filed, .. typed];
+        if (all.Find(setting => setting.Option.Name is "check-send" or "check-expect") is { } unused
+            && !all.Exists(setting => setting.Option.Name == "check"))
+        {
+            throw unused.Wrong("is for checks, and without --check TIME there are none");
+        }
+
         settings.Routes.ForEach(route => route.Validate());
     }
 
@@ -2308,7 +2315,8 @@ internal sealed class Balancer(
     /// <summary>A connect has ended, well or not.</summary>
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
-        if (!IsTelling(server, failure) || (failure is null && !server.IsDown))
+        bool isTelling = IsTelling(server, failure);
+        if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
         }
@@ -2320,7 +2328,11 @@ internal sealed class Balancer(
                 return; // which only checks end
             }
 
-            if (failure is null)
+            if (!isTelling)
+            {
+                server.Until = now; // it was not tried: the next client does
+            }
+            else if (failure is null)
             {
                 Turn(server, isDown: false, "connected", now);
             }

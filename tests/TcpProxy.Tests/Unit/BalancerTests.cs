@@ -259,6 +259,20 @@ public sealed class BalancerTests
     }
 
     [Fact]
+    public void A_try_that_fails_for_reasons_of_ours_is_the_next_clients()
+    {
+        Balancer balancer = Make("first", ["a:1", "b:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
+        Server a = balancer.Servers[0];
+        Fail(a, 1_000);
+        Assert.Same(a, balancer.TryTake(0, null, 11_000, out _));
+        Assert.NotSame(a, balancer.TryTake(0, null, 11_001, out _)); // while that one tries
+        balancer.Dialled(a, CloseReason.OutOfDescriptors, 11_002);
+        Assert.Same(a, balancer.TryTake(0, null, 11_003, out _));
+        balancer.Dialled(a, null, 11_004);
+        Assert.Same(a, balancer.TryTake(0, null, 11_005, out _));
+    }
+
+    [Fact]
     public void A_lone_server_and_failures_that_are_ours_or_do_not_count_mark_nothing()
     {
         Balancer lone = Make("leastconn", ["a:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
