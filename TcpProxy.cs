@@ -3983,6 +3983,36 @@ internal enum ProxyVersion
     V2,
 }
 
+/// <summary>Takes numbers and vectors (a length and as many bytes) off the front, in the order of the network. From the
+/// first that is not all there, everything is empty.</summary>
+internal ref struct Cursor(ReadOnlySpan<byte> bytes)
+{
+    internal ReadOnlySpan<byte> Rest { get; private set; } = bytes;
+    internal bool IsCut { get; private set; }
+
+    internal ReadOnlySpan<byte> Take(int length)
+    {
+        IsCut |= length > Rest.Length;
+        ReadOnlySpan<byte> taken = IsCut ? default : Rest[..length];
+        Rest = IsCut ? default : Rest[length..];
+        return taken;
+    }
+
+    internal uint Number(int size)
+    {
+        uint number = 0;
+        foreach (byte b in Take(size))
+        {
+            number = (number << 8) | b;
+        }
+
+        return number;
+    }
+
+    /// <summary>The length has <paramref name="prefix"/> bytes: one or two.</summary>
+    internal ReadOnlySpan<byte> Vector(int prefix) => Take((int)Number(prefix));
+}
+
 /// <summary>The PROXY protocol, as haproxy.org's doc/proxy-protocol.txt has it.</summary>
 internal static class ProxyHeader
 {
@@ -4001,6 +4031,7 @@ internal static class ProxyHeader
     private const int UnixSize = 2 * UnixPath;
     private const int UnixPath = 108;
     private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
+    private const int ChecksumSize = 4;
 
     private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
 
@@ -4032,14 +4063,9 @@ internal static class ProxyHeader
 
         string line = Encoding.UTF8.GetString(bytes[..end]);
         string[] words = line.Split(' ');
-        bool isV6 = words[1] == "TCP6";
-        IPEndPoint? from = null;
-        IPEndPoint? to = null;
-        if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
-        {
-            (from, to) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
-        }
-
+        bool isTcp = words.Length == 6 && words[1] is "TCP4" or "TCP6";
+        IPEndPoint? from = isTcp ? Read(words[2], words[4], words[1]) : null;
+        IPEndPoint? to = isTcp ? Read(words[3], words[5], words[1]) : null;
         bool isKnown = from is not null && to is not null;
         (source, destination) = isKnown ? (from, to) : (null, null);
         wrong = isKnown || words[1] == "UNKNOWN" ? null : $"malformed PROXY header '{line}'";
@@ -4047,10 +4073,9 @@ internal static class ProxyHeader
     }
 
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
-    private static IPEndPoint? Read(string address, string port, bool isV6) =>
+    private static IPEndPoint? Read(string address, string port, string family) =>
         address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
-            && ip.AddressFamily == (isV6 ? AddressFamily.InterNetworkV6 : AddressFamily.InterNetwork)
-            && (isV6 || ip.ToString() == address)
+            && (ip.AddressFamily == AddressFamily.InterNetworkV6 ? family == "TCP6" : family == "TCP4" && ip.ToString() == address)
             && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
             && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
             ? new IPEndPoint(ip, number) : null;
@@ -4073,22 +4098,21 @@ internal static class ProxyHeader
             return 0;
         }
 
-        int half = Fixed + (family == Tcp4 ? 4 : 16);
+        Cursor rest = new(bytes[Fixed..end]);
         if (!isLocal && family is Tcp4 or Tcp6)
         {
-            source = Read(bytes[Fixed..half], bytes[(addresses - 4)..]);
-            destination = Read(bytes[half..(addresses - 4)], bytes[(addresses - 2)..]);
+            IPAddress from = new(rest.Take(family == Tcp4 ? 4 : 16));
+            IPAddress to = new(rest.Take(family == Tcp4 ? 4 : 16));
+            source = new IPEndPoint(from, (int)rest.Number(2));
+            destination = new IPEndPoint(to, (int)rest.Number(2));
         }
         else if (!isLocal && family == UnixStream)
         {
-            source = ReadPath(bytes.Slice(Fixed, UnixPath));
-            destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
+            source = ReadPath(rest.Take(UnixPath));
+            destination = ReadPath(rest.Take(UnixPath));
         }
 
         return end;
-
-        static IPEndPoint Read(ReadOnlySpan<byte> address, ReadOnlySpan<byte> port) =>
-            new(new IPAddress(address), BinaryPrimitives.ReadUInt16BigEndian(port));
     }
 
     /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
@@ -4102,22 +4126,21 @@ internal static class ProxyHeader
     /// <summary>TLVs are passed over, but a checksum must be right.</summary>
     private static string? CheckExtensions(ReadOnlySpan<byte> header, int at)
     {
-        while (at < header.Length)
+        Cursor extensions = new(header[at..]);
+        while (!extensions.Rest.IsEmpty)
         {
-            int value = at + 3;
-            int end = value <= header.Length ? value + BinaryPrimitives.ReadUInt16BigEndian(header[(at + 1)..]) : int.MaxValue;
-            if (end > header.Length)
+            bool isChecksum = extensions.Number(1) == ChecksumType;
+            Cursor value = new(extensions.Vector(2));
+            if (extensions.IsCut)
             {
                 return "PROXY header with a cut extension";
             }
 
-            if (header[at] == ChecksumType
-                && (end != value + 4 || BinaryPrimitives.ReadUInt32BigEndian(header[value..]) != Checksum(header, value)))
+            int field = header.Length - extensions.Rest.Length - ChecksumSize;
+            if (isChecksum && (value.Rest.Length != ChecksumSize || value.Number(ChecksumSize) != Checksum(header, field)))
             {
                 return "PROXY header with a wrong checksum";
             }
-
-            at = end;
         }
 
         return null;
@@ -4129,7 +4152,7 @@ internal static class ProxyHeader
         uint crc = uint.MaxValue;
         for (int i = 0; i < header.Length; i++)
         {
-            crc = BitOperations.Crc32C(crc, i >= field && i < field + 4 ? (byte)0 : header[i]);
+            crc = BitOperations.Crc32C(crc, i >= field && i < field + ChecksumSize ? (byte)0 : header[i]);
         }
 
         return ~crc;
@@ -4200,20 +4223,14 @@ internal static class ServerName
     {
         name = null;
         byte[] message = ArrayPool<byte>.Shared.Rent(bytes.Length);
-        try
+        int taken = Gather(bytes, message, out int length, out wrong);
+        if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
         {
-            int taken = Gather(bytes, message, out int length, out wrong);
-            if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
-            {
-                (taken, wrong) = (0, "a malformed TLS hello");
-            }
+            (taken, wrong) = (0, "a malformed TLS hello");
+        }
 
-            return taken;
-        }
-        finally
-        {
-            ArrayPool<byte>.Shared.Return(message);
-        }
+        ArrayPool<byte>.Shared.Return(message);
+        return taken;
     }
 
     /// <summary>The first message out of the records that carry it.</summary>
@@ -4247,44 +4264,32 @@ internal static class ServerName
     }
 
     /// <summary>RFC 8446, 4.1.2. False when it is malformed.</summary>
-    private static bool Find(ReadOnlySpan<byte> hello, ref string? name)
+    private static bool Find(ReadOnlySpan<byte> message, ref string? name)
     {
         const int VersionAndRandom = 34; // bytes
-        if (hello.Length < VersionAndRandom || hello[0] != 3)
+        Cursor hello = new(message);
+        if (hello.Take(VersionAndRandom) is not [3, ..])
         {
             return false;
         }
 
-        ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
-        bool isGood = Take(ref rest, 1, out _) && Take(ref rest, 2, out _) && Take(ref rest, 1, out _); // session, ciphers, ...
-        ReadOnlySpan<byte> extensions = default;
-        isGood = isGood && (rest.IsEmpty || Take(ref rest, 2, out extensions)); // TLS 1.2 may do without
-        while (isGood && extensions.Length > 0)
+        hello.Vector(1); // the session
+        hello.Vector(2); // ciphers
+        hello.Vector(1); // compression
+        Cursor extensions = new(hello.Rest.IsEmpty ? default : hello.Vector(2)); // TLS 1.2 may do without
+        while (!extensions.Rest.IsEmpty)
         {
-            bool isName = extensions.StartsWith((ReadOnlySpan<byte>)[0, 0]);
-            isGood = Take(ref extensions, 2, out ReadOnlySpan<byte> extension, skip: 2);
-            if (isGood && isName)
+            bool isName = extensions.Number(2) == 0;
+            Cursor extension = new(extensions.Vector(2));
+            if (isName)
             {
-                // a list of one name, of the one type that there is: 0
-                return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
-                    && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
-                    && (name = Read(Encoding.UTF8.GetString(host))) is not null;
+                Cursor list = new(extension.Vector(2)); // of one name, of the one type that there is: 0
+                name = list.Number(1) == 0 ? Read(Encoding.UTF8.GetString(list.Vector(2))) : null;
+                return name is not null;
             }
         }
 
-        return isGood;
-    }
-
-    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> others, off the front.</summary>
-    private static bool Take(scoped ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
-    {
-        int start = skip + prefix;
-        int length = rest.Length < start ? int.MaxValue
-            : prefix == 1 ? rest[skip] : BinaryPrimitives.ReadUInt16BigEndian(rest[skip..]);
-        bool isThere = length <= rest.Length - start;
-        vector = isThere ? rest.Slice(start, length) : default;
-        rest = isThere ? rest[(start + length)..] : rest;
-        return isThere;
+        return !hello.IsCut && !extensions.IsCut;
     }
 
     /// <summary>In lower case; null when it is none.</summary>
@@ -4345,16 +4350,16 @@ internal sealed class Refusal(string code, string words)
 /// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
 internal sealed class Patience : Watched, IDisposable
 {
+    private const string Stopped = "K"; // HAProxy's letter: the process ends
+
     private readonly Socket _socket; // not owned, but closed when it is over
+    private readonly string _late; // HAProxy's letters for that: who was waited for, and in which phase
     private readonly long _deadline;
-    private readonly string _late; // HAProxy's letters of the two
-    private readonly string _stopped;
     private string? _end; // one of them, or "" when it came in time: whoever is first
 
-    internal Patience(Socket socket, TimeSpan time, string late, string stopped)
+    internal Patience(Socket socket, TimeSpan time, string late)
     {
-        (_socket, _late, _stopped) = (socket, late, stopped);
-        _deadline = Deadline(time);
+        (_socket, _late, _deadline) = (socket, late, Deadline(time));
         Sweep.Add(this);
     }
 
@@ -4362,9 +4367,12 @@ internal sealed class Patience : Watched, IDisposable
 
     /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
     /// closed before.</summary>
-    internal Refusal? End(Refusal? refusal, string lateWords) =>
-        Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
-        : new Refusal(end, end == _late ? lateWords : "shutdown");
+    internal Refusal? End(Refusal? refusal, string lateWords) => Interlocked.CompareExchange(ref _end, "", null) switch
+    {
+        null => refusal,
+        Stopped => new Refusal($"{Stopped}{_late[1]}", "shutdown"),
+        _ => new Refusal(_late, lateWords),
+    };
 
     internal override bool Check(long now)
     {
@@ -4376,7 +4384,7 @@ internal sealed class Patience : Watched, IDisposable
         return true;
     }
 
-    internal override void Stop() => Close(_stopped);
+    internal override void Stop() => Close(Stopped);
 
     private void Close(string end)
     {
@@ -4422,24 +4430,20 @@ internal sealed class FirstBytes : IDisposable
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
-        using Patience patience = new(client, time, "cR", "KR");
-        Refusal? refusal;
+        using Patience patience = new(client, time, "cR");
+        Refusal? refusal = null;
         try
         {
             await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
-            do
+            while (refusal is null && (isHeader || isHello))
             {
                 Grow();
                 int length = await client.ReceiveAsync(_buffer.AsMemory(_end), SocketFlags.None);
                 _end += length;
-                refusal = Understand(ref isHeader, ref isHello);
-                if (refusal is null && (isHeader || isHello))
-                {
-                    refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
-                        : _end >= Most ? new("PR", $"{What(isHeader)} too long") : null;
-                }
+                refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
+                    : Understand(ref isHeader, ref isHello)
+                    ?? (_end >= Most && (isHeader || isHello) ? new("PR", $"{What(isHeader)} too long") : null);
             }
-            while (refusal is null && (isHeader || isHello));
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
@@ -4499,7 +4503,7 @@ internal sealed class FirstBytes : IDisposable
     /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
     internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
     {
-        using Patience patience = new(target, time, "sC", "KC");
+        using Patience patience = new(target, time, "sC");
         Refusal? refusal = null;
         try
         {
