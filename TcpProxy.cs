@@ -69,10 +69,10 @@
 //    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
-//    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
+//    8 BRIDGE      ref-counted owner of both sockets; timeouts
 //    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 PREREAD     PROXY protocol in and out, TLS server name
-//   11 OBSERVE     log lines, written off the data path
+//   11 OBSERVE     log lines, written off the data path; reasons
 //   12 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
@@ -1310,7 +1310,7 @@ internal sealed class Proxy
     {
         PrereadSettings settings = route.Settings.Preread;
         bool isSender = settings.IsSender(line.Client);
-        Refusal? refusal = !isSender && !route.NeedsName ? null
+        CloseReason? refusal = !isSender && !route.NeedsName ? null
             : await first.ReadAsync(client, isSender, route.NeedsName, settings.Timeout);
         line.Client = first.Source ?? line.Client;
         if (first.Source is null && route.Settings.Connect.SendProxy != ProxyVersion.Off)
@@ -1318,8 +1318,7 @@ internal sealed class Proxy
             first.Destination = client.LocalEndPoint;
         }
 
-        return refusal is not null ? new CloseReason(refusal.Code, refusal.Words)
-            : route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null;
+        return refusal ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1333,11 +1332,10 @@ internal sealed class Proxy
         int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
             : first.Head(settings.SendProxy, line.Client, first.Destination);
         Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
-        Refusal? refusal = header + length == 0 || target is null ? null
+        CloseReason? refusal = header + length == 0 || target is null ? null
             : await first.SendAsync(target, header + length, settings.Timeout);
         line.BytesUp = refusal is null ? length : 0;
-        return refusal is null ? null : target == client ? CloseReason.ClientReset
-            : new CloseReason(refusal.Code, refusal.Words);
+        return refusal is not null && target == client ? CloseReason.ClientReset : refusal;
     }
 
     private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
@@ -2982,19 +2980,16 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 }
 
 /// <summary>One attempt to connect to one address. Its socket is the caller's when it succeeds, else closed.</summary>
-internal sealed class Dial : Watched
+internal sealed class Dial : Patience
 {
-    private readonly long _deadline;
-    private CloseReason? _ended; // by the sweep, or Done: whoever is first
-
     /// <summary>Begins at once.</summary>
     internal Dial(EndPoint target, IPAddress? source, long deadline)
+        : base(null, deadline, CloseReason.StoppedConnecting)
     {
-        (Target, _deadline) = (target, deadline);
+        Target = target;
         Outcome = ConnectAsync(source);
     }
 
-    internal Socket? Socket { get; private set; } // owned until it has succeeded
     internal EndPoint Target { get; }
 
     /// <summary>Null when connected, else why not.</summary>
@@ -3029,16 +3024,12 @@ internal sealed class Dial : Watched
                 throw new SocketException((int)SocketError.ConnectionRefused);
             }
 
-            return Interlocked.CompareExchange(ref _ended, CloseReason.Done, null); // or the sweep was first
+            return Done(); // or the sweep was first
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
             Socket?.Dispose();
-            return _ended ?? CloseReason.OfConnect(e);
-        }
-        finally
-        {
-            Sweep.Remove(this);
+            return Done() ?? CloseReason.OfConnect(e);
         }
     }
 
@@ -3047,31 +3038,11 @@ internal sealed class Dial : Watched
     private bool IsLoop(Socket socket) =>
         Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(socket.LocalEndPoint);
 
-    internal override bool Check(long now)
-    {
-        if (now >= _deadline)
-        {
-            End(CloseReason.ConnectTimeout);
-        }
-
-        return true;
-    }
-
-    internal override void Stop() => End(CloseReason.StoppedConnecting);
-
     /// <summary>Another was faster, perhaps by so little that this one has succeeded as well.</summary>
     internal void Lose()
     {
         End(CloseReason.Outrun);
         Socket?.Close(0);
-    }
-
-    private void End(CloseReason reason)
-    {
-        if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
-        {
-            Socket?.Close(0); // makes the pending connect end
-        }
     }
 }
 
@@ -3192,60 +3163,6 @@ internal sealed class Rates(BridgeSettings settings)
         client, [.. ByteRate.Of(settings.RateUp), .. _up, .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
 
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
-}
-
-/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
-/// words. An orderly end closes with FIN, any other resets both sides.</summary>
-internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
-{
-    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
-    internal static readonly CloseReason ClientReset = new("CD", "client reset");
-    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
-    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
-    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
-    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
-    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
-    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
-    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
-    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
-    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
-    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
-    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
-    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
-    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
-    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
-    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
-    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
-    internal static readonly CloseReason NoServer = new("SC", "no server");
-    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
-    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
-    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
-    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
-    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
-
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-    internal bool IsOrderly { get; } = isOrderly;
-
-    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
-    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
-
-    /// <summary>The failure is this server's, so another may do better.</summary>
-    internal bool IsWorthRetry { get; } = isWorthRetry;
-
-    /// <summary>What nobody expected: a defect of ours.</summary>
-    internal Exception? Error { get; } = error;
-
-    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
-
-    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
-        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
-        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
-        : OfServer(Text.Reason(error));
-
-    /// <summary>What is the server's fault, in so many words.</summary>
-    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
 }
 
 internal sealed class Bridge : PumpOwner
@@ -4340,57 +4257,39 @@ internal sealed class PrereadSettings
         : Array.Exists(_senders, network => Network.Has(network, ip.Address));
 }
 
-/// <summary>Why it went no further: HAProxy's two letters, and words.</summary>
-internal sealed class Refusal(string code, string words)
+/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends. Whoever is first says so.</summary>
+internal class Patience(Socket? socket, long deadline, CloseReason stopped) : Watched
 {
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-}
+    private CloseReason? _end; // Done: it came in time
 
-/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
-internal sealed class Patience : Watched, IDisposable
-{
-    private const string Stopped = "K"; // HAProxy's letter: the process ends
+    internal Socket? Socket { get; private protected set; } = socket; // not owned
+    internal CloseReason Late { get; set; } = CloseReason.ConnectTimeout;
 
-    private readonly Socket _socket; // not owned, but closed when it is over
-    private readonly string _late; // HAProxy's letters for that: who was waited for, and in which phase
-    private readonly long _deadline;
-    private string? _end; // one of them, or "" when it came in time: whoever is first
-
-    internal Patience(Socket socket, TimeSpan time, string late)
+    /// <summary>What was waited for has happened. Null, or why the socket was closed before.</summary>
+    internal CloseReason? Done()
     {
-        (_socket, _late, _deadline) = (socket, late, Deadline(time));
-        Sweep.Add(this);
+        Sweep.Remove(this);
+        return Interlocked.CompareExchange(ref _end, CloseReason.Done, null);
     }
-
-    public void Dispose() => Sweep.Remove(this);
-
-    /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
-    /// closed before.</summary>
-    internal Refusal? End(Refusal? refusal, string lateWords) => Interlocked.CompareExchange(ref _end, "", null) switch
-    {
-        null => refusal,
-        Stopped => new Refusal($"{Stopped}{_late[1]}", "shutdown"),
-        _ => new Refusal(_late, lateWords),
-    };
 
     internal override bool Check(long now)
     {
-        if (now >= _deadline)
+        if (now >= deadline)
         {
-            Close(_late);
+            End(Late);
         }
 
         return true;
     }
 
-    internal override void Stop() => Close(Stopped);
+    internal override void Stop() => End(stopped);
 
-    private void Close(string end)
+    private protected void End(CloseReason reason)
     {
-        if (Interlocked.CompareExchange(ref _end, end, null) is null)
+        if (Interlocked.CompareExchange(ref _end, reason, null) is null)
         {
-            _socket.Close(0); // a reset, which also makes the pending receive or send end
+            Sweep.Remove(this);
+            Socket?.Close(0); // a reset, which also makes the pending connect, receive or send end
         }
     }
 }
@@ -4428,10 +4327,12 @@ internal sealed class FirstBytes : IDisposable
     }
 
     /// <summary>Null when all that was asked for has come.</summary>
-    internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
+    internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
-        using Patience patience = new(client, time, "cR");
-        Refusal? refusal = null;
+        Patience patience = new(client, Watched.Deadline(time), CloseReason.StoppedReading);
+        patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
+        Sweep.Add(patience);
+        CloseReason? refusal = null;
         try
         {
             await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
@@ -4443,6 +4344,7 @@ internal sealed class FirstBytes : IDisposable
                 refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
                     : Understand(ref isHeader, ref isHello)
                     ?? (_end >= Most && (isHeader || isHello) ? new("PR", $"{What(isHeader)} too long") : null);
+                patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
             }
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
@@ -4450,12 +4352,12 @@ internal sealed class FirstBytes : IDisposable
             refusal = new("CR", "client reset");
         }
 
-        return patience.End(refusal, $"no {What(isHeader)} in time");
+        return patience.Done() ?? refusal;
     }
 
     private static string What(bool isHeader) => isHeader ? "PROXY header" : "TLS hello";
 
-    private Refusal? Understand(ref bool isHeader, ref bool isHello)
+    private CloseReason? Understand(ref bool isHeader, ref bool isHello)
     {
         if (isHeader)
         {
@@ -4463,7 +4365,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new Refusal("PR", wrong);
+                return new CloseReason("PR", wrong);
             }
 
             (Source, Destination) = (source, destination);
@@ -4501,20 +4403,21 @@ internal sealed class FirstBytes : IDisposable
     }
 
     /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
-    internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
+    internal async Task<CloseReason?> SendAsync(Socket target, int length, TimeSpan time)
     {
-        using Patience patience = new(target, time, "sC");
-        Refusal? refusal = null;
+        Patience patience = new(target, Watched.Deadline(time), CloseReason.StoppedConnecting);
+        Sweep.Add(patience);
+        CloseReason? failure = null;
         try
         {
             await target.SendAsync(_buffer.AsMemory(_start, length), SocketFlags.None);
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            refusal = new("SD", "upstream reset");
+            failure = CloseReason.UpstreamReset;
         }
 
-        return patience.End(refusal, "connect timeout");
+        return patience.Done() ?? failure;
     }
 }
 
@@ -4522,6 +4425,63 @@ internal sealed class FirstBytes : IDisposable
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
+
+/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
+/// words. An orderly end closes with FIN, any other resets both sides.</summary>
+internal sealed class CloseReason(
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+{
+    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
+    internal static readonly CloseReason ClientReset = new("CD", "client reset");
+    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
+    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
+    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
+    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
+    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
+    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
+    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
+    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
+    internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
+    internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
+    internal static readonly CloseReason HelloTimeout = new("cR", "no TLS hello in time");
+    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
+    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
+    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
+    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
+    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
+    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
+    internal static readonly CloseReason NoServer = new("SC", "no server");
+    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
+    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
+    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
+    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
+    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+    internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
+    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
+
+    /// <summary>The failure is this server's, so another may do better.</summary>
+    internal bool IsWorthRetry { get; } = isWorthRetry;
+
+    /// <summary>What nobody expected: a defect of ours.</summary>
+    internal Exception? Error { get; } = error;
+
+    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
+        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
+        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
+        : OfServer(Text.Reason(error));
+
+    /// <summary>What is the server's fault, in so many words.</summary>
+    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
+}
 
 internal enum LogFormat
 {
