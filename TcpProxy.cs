@@ -460,13 +460,13 @@ internal static class CommandLine
 
     // ---- reading: words to settings and positional arguments
 
-    private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
+    private static void Read(IReadOnlyList<string> arguments, List<Setting> typed, List<string> positional)
     {
+        Queue<string> words = new(arguments);
         bool optionsEnded = false;
         int options = 0; // that had been typed before the last positional word
-        for (int i = 0; i < words.Count; i++)
+        while (words.TryDequeue(out string? word))
         {
-            string word = words[i];
             if (UpstreamSettings.IsOne(word))
             {
                 AddSetting(word, typed, positional, options == typed.Count);
@@ -482,11 +482,11 @@ internal static class CommandLine
             }
             else if (word[1] == '-')
             {
-                i += ReadLong(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLong(word, words, typed);
             }
             else
             {
-                i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLetters(word, words, typed);
             }
         }
     }
@@ -508,24 +508,19 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>--name, --name value or --name=value; returns how many words beyond its own it took.</summary>
-    private static int ReadLong(string word, string? next, List<Setting> typed)
+    /// <summary>--name, --name value or --name=value.</summary>
+    private static void ReadLong(string word, Queue<string> rest, List<Setting> typed)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
         string name = equals < 0 ? word : word[..equals];
         Option option = Option.Find(name[2..]) ?? throw Unknown(name, "--", name[2..]);
-        string? given = equals < 0 ? null : word[(equals + 1)..];
-        if (option.IsFlag && given is not null)
-        {
-            throw new FormatException($"{name}: takes no value, but '{given}' was given");
-        }
-
-        typed.Add(new Setting(option, given ?? (option.IsFlag ? "" : Value(option, name, next)), name));
-        return given is null && !option.IsFlag ? 1 : 0;
+        string value = equals < 0 ? Value(option, name, rest) : word[(equals + 1)..];
+        typed.Add(equals < 0 || !option.IsFlag ? new Setting(option, value, name)
+            : throw new FormatException($"{name}: takes no value, but '{value}' was given"));
     }
 
     /// <summary>A cluster of letters, the last of which may take a value: -qv, -l 8080, -l8080.</summary>
-    private static int ReadLetters(string word, string? next, List<Setting> typed)
+    private static void ReadLetters(string word, Queue<string> rest, List<Setting> typed)
     {
         for (int i = 1; i < word.Length; i++)
         {
@@ -539,25 +534,19 @@ internal static class CommandLine
                     : new FormatException($"{name}: unknown option; 'tcpproxy -h' lists them");
             }
 
-            if (option.IsFlag)
-            {
-                typed.Add(new Setting(option, "", name));
-                continue;
-            }
-
-            bool attached = i + 1 < word.Length;
-            typed.Add(new Setting(option, attached ? word[(i + 1)..] : Value(option, name, next), name));
-            return attached ? 0 : 1;
+            bool isAttached = !option.IsFlag && i + 1 < word.Length;
+            typed.Add(new Setting(option, isAttached ? word[(i + 1)..] : Value(option, name, rest), name));
+            i = isAttached ? word.Length : i;
         }
-
-        return 0;
     }
 
-    private static string Value(Option option, string name, string? next) =>
-        next is null ? throw new FormatException($"{name}: needs a value {option.Value}")
+    /// <summary>The next word, which a flag leaves where it is.</summary>
+    private static string Value(Option option, string name, Queue<string> rest) =>
+        option.IsFlag ? ""
+        : !rest.TryPeek(out string? next) ? throw new FormatException($"{name}: needs a value {option.Value}")
         : next.Length > 1 && next[0] == '-'
             ? throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows")
-        : next;
+        : rest.Dequeue();
 
     private static FormatException Unknown(string where, string dashes, string name)
     {
@@ -589,7 +578,7 @@ internal static class CommandLine
                 throw typed[^1].Wrong("belongs on the command line, not in a file");
             }
 
-            if (option.IsFlag != (value.Length == 0) || (blank < 0 && !option.IsFlag))
+            if (option.IsFlag != (value.Length == 0))
             {
                 throw typed[^1].Wrong(option.IsFlag ? $"takes no value, but '{value}' was given"
                     : $"needs a value {option.Value}");
@@ -632,20 +621,20 @@ internal static class CommandLine
 
         bool isPositional = positional.Count > 0;
         int firstListen = typed.FindIndex(setting => setting.Option.Name == "listen");
+        List<Setting> head = firstListen < 0 ? typed : typed.GetRange(0, firstListen);
         if (isPositional && (firstListen >= 0 || settings.ConfigFile is not null))
         {
             throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
         }
 
-        int head = firstListen < 0 ? typed.Count : firstListen;
-        Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
-        if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
+        Build(settings, defaults, filed);
+        if (settings.ConfigFile is not null && head.Exists(setting => setting.Option.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        foreach (Setting setting in typed[..head])
+        foreach (Setting setting in head)
         {
             setting.Apply(settings, defaults);
             settings.Routes.ForEach(route => setting.Apply(settings, route));
@@ -657,7 +646,7 @@ internal static class CommandLine
             settings.Routes.Add(Positional(defaults, positional));
         }
 
-        Build(settings, defaults, CollectionsMarshal.AsSpan(typed)[head..]);
+        Build(settings, defaults, typed.GetRange(head.Count, typed.Count - head.Count));
         if (settings.Routes.Count == 0)
         {
             throw new FormatException(settings.ConfigFile is { } empty ? $"{empty}: no route: it has no listen" :
@@ -674,7 +663,7 @@ internal static class CommandLine
         settings.Routes.ForEach(route => route.Validate());
     }
 
-    private static void Build(Settings settings, RouteSettings defaults, ReadOnlySpan<Setting> settingsInOrder)
+    private static void Build(Settings settings, RouteSettings defaults, List<Setting> settingsInOrder)
     {
         RouteSettings current = defaults;
         foreach (Setting setting in settingsInOrder)
