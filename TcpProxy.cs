@@ -72,10 +72,10 @@
 //    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
-//    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
+//    8 BRIDGE      ref-counted owner of both sockets; timeouts
 //    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 PREREAD     PROXY protocol in and out, TLS server name
-//   11 OBSERVE     log lines, written off the data path
+//   11 OBSERVE     log lines, written off the data path; reasons
 //   12 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
@@ -404,26 +404,15 @@ internal sealed class Option(
 }
 
 /// <summary>An option as it was typed: where (for the message when it is wrong) and with what value.</summary>
-internal readonly struct Setting(Option option, string value, string where)
+internal sealed class Setting(Option option, string value, string where)
 {
     internal Option Option { get; } = option;
-    private readonly string _value = value;
     internal string Where { get; } = where;
 
     /// <summary>The same with one more word.</summary>
-    internal Setting With(string word) => new(Option, $"{_value} {word}", Where);
+    internal Setting With(string word) => new(Option, $"{value} {word}", Where);
 
-    internal void Apply(Settings settings, RouteSettings route)
-    {
-        try
-        {
-            Option.Apply(settings, route, _value);
-        }
-        catch (FormatException e)
-        {
-            throw Wrong(e.Message);
-        }
-    }
+    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () => Option.Apply(settings, route, value));
 
     internal FormatException Wrong(string what) => new($"{Where}: {what}");
 }
@@ -474,13 +463,13 @@ internal static class CommandLine
 
     // ---- reading: words to settings and positional arguments
 
-    private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
+    private static void Read(IReadOnlyList<string> arguments, List<Setting> typed, List<string> positional)
     {
+        Queue<string> words = new(arguments);
         bool optionsEnded = false;
         int options = 0; // that had been typed before the last positional word
-        for (int i = 0; i < words.Count; i++)
+        while (words.TryDequeue(out string? word))
         {
-            string word = words[i];
             if (UpstreamSettings.IsOne(word))
             {
                 AddSetting(word, typed, positional, options == typed.Count);
@@ -496,11 +485,11 @@ internal static class CommandLine
             }
             else if (word[1] == '-')
             {
-                i += ReadLong(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLong(word, words, typed);
             }
             else
             {
-                i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLetters(word, words, typed);
             }
         }
     }
@@ -522,24 +511,19 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>--name, --name value or --name=value; returns how many words beyond its own it took.</summary>
-    private static int ReadLong(string word, string? next, List<Setting> typed)
+    /// <summary>--name, --name value or --name=value.</summary>
+    private static void ReadLong(string word, Queue<string> rest, List<Setting> typed)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
         string name = equals < 0 ? word : word[..equals];
         Option option = Option.Find(name[2..]) ?? throw Unknown(name, "--", name[2..]);
-        string? given = equals < 0 ? null : word[(equals + 1)..];
-        if (option.IsFlag && given is not null)
-        {
-            throw new FormatException($"{name}: takes no value, but '{given}' was given");
-        }
-
-        typed.Add(new Setting(option, given ?? (option.IsFlag ? "" : Value(option, name, next)), name));
-        return given is null && !option.IsFlag ? 1 : 0;
+        string value = equals < 0 ? Value(option, name, rest) : word[(equals + 1)..];
+        typed.Add(equals < 0 || !option.IsFlag ? new Setting(option, value, name)
+            : throw new FormatException($"{name}: takes no value, but '{value}' was given"));
     }
 
     /// <summary>A cluster of letters, the last of which may take a value: -qv, -l 8080, -l8080.</summary>
-    private static int ReadLetters(string word, string? next, List<Setting> typed)
+    private static void ReadLetters(string word, Queue<string> rest, List<Setting> typed)
     {
         for (int i = 1; i < word.Length; i++)
         {
@@ -553,25 +537,19 @@ internal static class CommandLine
                     : new FormatException($"{name}: unknown option; 'tcpproxy -h' lists them");
             }
 
-            if (option.IsFlag)
-            {
-                typed.Add(new Setting(option, "", name));
-                continue;
-            }
-
-            bool attached = i + 1 < word.Length;
-            typed.Add(new Setting(option, attached ? word[(i + 1)..] : Value(option, name, next), name));
-            return attached ? 0 : 1;
+            bool isAttached = !option.IsFlag && i + 1 < word.Length;
+            typed.Add(new Setting(option, isAttached ? word[(i + 1)..] : Value(option, name, rest), name));
+            i = isAttached ? word.Length : i;
         }
-
-        return 0;
     }
 
-    private static string Value(Option option, string name, string? next) =>
-        next is null ? throw new FormatException($"{name}: needs a value {option.Value}")
+    /// <summary>The next word, which a flag leaves where it is.</summary>
+    private static string Value(Option option, string name, Queue<string> rest) =>
+        option.IsFlag ? ""
+        : !rest.TryPeek(out string? next) ? throw new FormatException($"{name}: needs a value {option.Value}")
         : next.Length > 1 && next[0] == '-'
             ? throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows")
-        : next;
+        : rest.Dequeue();
 
     private static FormatException Unknown(string where, string dashes, string name)
     {
@@ -603,7 +581,7 @@ internal static class CommandLine
                 throw typed[^1].Wrong("belongs on the command line, not in a file");
             }
 
-            if (option.IsFlag != (value.Length == 0) || (blank < 0 && !option.IsFlag))
+            if (option.IsFlag != (value.Length == 0))
             {
                 throw typed[^1].Wrong(option.IsFlag ? $"takes no value, but '{value}' was given"
                     : $"needs a value {option.Value}");
@@ -646,20 +624,20 @@ internal static class CommandLine
 
         bool isPositional = positional.Count > 0;
         int firstListen = typed.FindIndex(setting => setting.Option.Name == "listen");
+        List<Setting> head = firstListen < 0 ? typed : typed.GetRange(0, firstListen);
         if (isPositional && (firstListen >= 0 || settings.ConfigFile is not null))
         {
             throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
         }
 
-        int head = firstListen < 0 ? typed.Count : firstListen;
-        Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
-        if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
+        Build(settings, defaults, filed);
+        if (settings.ConfigFile is not null && head.Exists(setting => setting.Option.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        foreach (Setting setting in typed[..head])
+        foreach (Setting setting in head)
         {
             setting.Apply(settings, defaults);
             settings.Routes.ForEach(route => setting.Apply(settings, route));
@@ -671,17 +649,24 @@ internal static class CommandLine
             settings.Routes.Add(Positional(defaults, positional));
         }
 
-        Build(settings, defaults, CollectionsMarshal.AsSpan(typed)[head..]);
+        Build(settings, defaults, typed.GetRange(head.Count, typed.Count - head.Count));
         if (settings.Routes.Count == 0)
         {
             throw new FormatException(settings.ConfigFile is { } empty ? $"{empty}: no route: it has no listen" :
                 "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
         }
 
+        List<Setting> all = [.. filed, .. typed];
+        if (all.Find(setting => setting.Option.Name is "check-send" or "check-expect") is { } unused
+            && !all.Exists(setting => setting.Option.Name == "check"))
+        {
+            throw unused.Wrong("is for checks, and without --check TIME there are none");
+        }
+
         settings.Routes.ForEach(route => route.Validate());
     }
 
-    private static void Build(Settings settings, RouteSettings defaults, ReadOnlySpan<Setting> settingsInOrder)
+    private static void Build(Settings settings, RouteSettings defaults, List<Setting> settingsInOrder)
     {
         RouteSettings current = defaults;
         foreach (Setting setting in settingsInOrder)
@@ -710,8 +695,8 @@ internal static class CommandLine
         RouteSettings route = defaults.Clone();
         if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
         {
-            route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
-            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamSettings.Parse($"{Bracket(words[2])}:{v}")));
+            Text.At("LOCAL_PORT", () => route.Listen = ListenAddress.Parse($"{Bracket(words[0])}:{words[1]}"));
+            Text.At("FORWARD_PORT", () => route.Upstreams.Add(UpstreamSettings.Parse($"{Bracket(words[2])}:{words[3]}")));
             return words.Count == 4 ? route : throw new FormatException(
                 $"'{words[4]}': unexpected argument after the four of the original form"
                 + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
@@ -723,12 +708,11 @@ internal static class CommandLine
                 + "(the original form is LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT)");
         }
 
-        route.Listen = At("LISTEN", words[0], ListenAddress.Parse);
-        for (int i = 1; i < words.Count; i++)
+        Text.At("LISTEN", () => route.Listen = ListenAddress.Parse(words[0]));
+        foreach (string word in words.GetRange(1, words.Count - 1))
         {
-            string word = words[i];
-            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamSettings.Parse)
-                : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
+            Text.At("UPSTREAM", () => route.Upstreams.Add(Option.Find(word) is null ? UpstreamSettings.Parse(word)
+                : throw new FormatException($"'{word}' is no address; did you mean '--{word}'?")));
         }
 
         return route;
@@ -737,18 +721,6 @@ internal static class CommandLine
 
         static bool IsHost(string word) => !Text.IsDigits(word)
             && (IPAddress.TryParse(word, out _) || !word.Contains(':', StringComparison.Ordinal));
-
-        static T At<T>(string where, string word, Func<string, T> parse)
-        {
-            try
-            {
-                return parse(word);
-            }
-            catch (FormatException e)
-            {
-                throw new FormatException($"{where}: {e.Message}");
-            }
-        }
     }
 
     private static string Load(string file)
@@ -998,7 +970,7 @@ internal sealed class Route
             if (known is null)
             {
                 UpstreamPool pool = new(
-                    settings.Upstreams.FindAll(one => Group(one) == group), settings.Pool, settings.Connect, Title, log);
+                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1035,10 +1007,7 @@ internal sealed class Route
     internal void Leave()
     {
         Limit.Leave();
-        if (Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Line?.Serve();
     }
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
@@ -1333,7 +1302,7 @@ internal sealed class Proxy
     {
         PrereadSettings settings = route.Settings.Preread;
         bool isSender = settings.IsSender(line.Client);
-        Refusal? refusal = !isSender && !route.NeedsName ? null
+        CloseReason? refusal = !isSender && !route.NeedsName ? null
             : await first.ReadAsync(client, isSender, route.NeedsName, settings.Timeout);
         line.Client = first.Source ?? line.Client;
         if (first.Source is null && route.Settings.Connect.SendProxy != ProxyVersion.Off)
@@ -1341,8 +1310,7 @@ internal sealed class Proxy
             first.Destination = client.LocalEndPoint;
         }
 
-        return refusal is not null ? new CloseReason(refusal.Code, refusal.Words)
-            : route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null;
+        return refusal ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1356,11 +1324,10 @@ internal sealed class Proxy
         int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
             : first.Head(settings.SendProxy, line.Client, first.Destination);
         Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
-        Refusal? refusal = header + length == 0 || target is null ? null
+        CloseReason? refusal = header + length == 0 || target is null ? null
             : await first.SendAsync(target, header + length, settings.Timeout);
         line.BytesUp = refusal is null ? length : 0;
-        return refusal is null ? null : target == client ? CloseReason.ClientReset
-            : new CloseReason(refusal.Code, refusal.Words);
+        return refusal is not null && target == client ? CloseReason.ClientReset : refusal;
     }
 
     private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
@@ -1950,21 +1917,24 @@ internal sealed class Refusals(string route, Log log) : Watched
 // == 6  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, which one instead when it does not answer, and who waits when all are full.
 //
-// A server is one upstream, or one of the addresses of its name. It is down after failed connects (until one client has
-// tried it again) or after failed checks (until they go well), and back with a share that grows. Down is an opinion:
-// where nothing else is left, servers that are down are tried.
+// A server is one upstream, or one of the addresses of its name. Down is an opinion: where nothing else is left, servers
+// that are down are tried.
+//
+//     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
+//     up, down -- --check-fall failed checks (Checked) --> down until checks go well
+//     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
 {
-    private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
-
     internal UpstreamAddress Address { get; } = address;
     internal int Weight { get; private set; } = 1; // 0 = drained: no new connections
     internal bool IsBackup { get; private set; }
     internal int MaxConnections { get; private set; } // 0 = off
     internal TimeSpan SlowStart { get; private set; } = TimeSpan.FromSeconds(10);
     internal string? Name { get; private set; }
+    internal string Title => Name ?? Address.Text;
+    internal AddressKind Kind => Address.Kind;
 
     /// <summary>The TLS names of the clients that it serves; null = it is of the fallback group.</summary>
     internal string[]? ServerNames { get; set; }
@@ -1993,28 +1963,25 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     private void Apply(string word)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
-        (string key, string value) = equals < 0 ? (word, "") : (word[..equals], word[(equals + 1)..]);
-        int index = Text.ParseWord(key, "setting", Keys);
-        if ((equals < 0) != (key == "backup"))
+        string key = equals < 0 ? word : word[..equals];
+        int index = Text.ParseWord(key, "setting", "backup", "weight", "max-connections", "slow-start", "name");
+        if ((equals < 0) != (index == 0))
         {
             throw new FormatException(equals < 0 ? $"{key}: needs a value, as in {key}=5" : $"{key}: takes no value");
         }
 
-        try
+        string value = word[(equals + 1)..];
+        Text.At(key, () =>
         {
             switch (index)
             {
-                case 0: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
-                case 1: IsBackup = true; break;
+                case 0: IsBackup = true; break;
+                case 1: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
                 case 2: MaxConnections = Units.ParseCount(value); break;
                 case 3: SlowStart = Units.ParseTime(value); break;
                 default: Name = value.Length > 0 ? value : throw new FormatException("a name has at least one character"); break;
             }
-        }
-        catch (FormatException e)
-        {
-            throw new FormatException($"{key}: {e.Message}");
-        }
+        });
     }
 }
 
@@ -2044,58 +2011,36 @@ internal sealed class PoolSettings
     internal PoolSettings Clone() => (PoolSettings)MemberwiseClone();
 }
 
-/// <summary>One upstream of a route, and where its addresses come from.</summary>
-internal sealed class Upstream
-{
-    private readonly IPAddress[] _known;
-
-    internal Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        Config = settings;
-        IPAddress[]? known = Kind == AddressKind.Tcp ? Resolver.Known(settings.Address.Host) : [];
-        _known = known ?? [];
-        Resolver = known is null ? new Resolver(settings.Address.Host, connect.Resolve, route, log) : null;
-    }
-
-    internal UpstreamSettings Config { get; }
-    internal AddressKind Kind => Config.Address.Kind;
-    internal string Title => Config.Name ?? Config.Address.Text;
-    internal Resolver? Resolver { get; } // null where nothing needs to be looked up
-    internal IPAddress[] Addresses => Resolver?.Addresses ?? _known;
-}
-
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
-internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets, string title)
+internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
-    internal Upstream Upstream { get; } = upstream;
+    internal UpstreamSettings Upstream { get; } = upstream;
+    internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = title; // for the log, and for Maglev
-    internal int Weight => Upstream.Config.Weight;
-    internal bool HasRoom => Upstream.Config.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal string Title { get; set; } = ""; // for the log, and for Maglev
+    internal int Weight => Upstream.Weight;
+    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
-    internal int Fails { get; set; }
-    internal long FailedAt { get; set; }
-    internal long DownUntil { get; set; } // after failed connects
-    internal bool IsCheckedDown { get; set; }
+    internal bool IsDown { get; set; }
+    internal long Until { get; set; } // down: it is left alone; up: the next failed connect counts with those before
+    internal int Fails { get; set; } // connects, while it is up
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
+    internal bool IsChecked { get; set; } // by a loop of its own
 
-    internal bool IsUp(long now) => !IsCheckedDown && now >= DownUntil;
+    internal bool IsUp(long now) => !IsDown || now >= Until;
+    internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
 
     /// <summary>How much of its weight counts, in percent: all of it, or what a slow start allows.</summary>
     internal int Percent(long now)
     {
-        double slow = Upstream.Config.SlowStart.TotalMilliseconds;
-        if (BackSince != 0 && now - BackSince >= slow)
-        {
-            BackSince = 0;
-        }
-
+        double slow = Upstream.SlowStart.TotalMilliseconds;
+        BackSince = now - BackSince >= slow ? 0 : BackSince;
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
     }
 
@@ -2103,18 +2048,16 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
     internal void Leave()
     {
         Interlocked.Decrement(ref Active);
-        if (Balancer.Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Balancer.Line?.Serve();
     }
 }
 
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream? upstream, Server? server, Dial? dial, CloseReason? failure)
+internal readonly struct Connection(
+    UpstreamSettings? upstream, Server? server = null, Dial? dial = null, CloseReason? failure = null)
 {
-    internal Upstream? Upstream { get; } = upstream; // null: it has not come to one of several
+    internal UpstreamSettings? Upstream { get; } = upstream; // null: it has not come to one of several
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
@@ -2124,19 +2067,20 @@ internal readonly struct Connection(Upstream? upstream, Server? server, Dial? di
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
-internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings settings, IPAddress? source, string route, Log log)
+internal sealed class Balancer(
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
+    Log log)
 {
     private readonly Lock _gate = new();
-    private readonly bool _isMarking = settings.MaxFails > 0 && settings.FailTimeout > TimeSpan.Zero;
+    private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
     private readonly List<Server> _candidates = []; // of the choice that is being made
-    private readonly List<Server> _known = []; // those, and whoever has left the name but still has connections
-    private Server[] _servers = []; // replaced as a whole
-    private IPAddress[][] _found = []; // what they were made from
+    private readonly List<Server> _known = []; // in use, or with connections that are older than what the name is now
+    private Server[] _servers = []; // in use; replaced as a whole
+    private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
-    private ulong _random = (ulong)Random.Shared.NextInt64() | 1;
 
     /// <summary>Where clients wait for room; null where there is no bound.</summary>
-    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.Config.MaxConnections > 0) ? null
+    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.MaxConnections > 0) ? null
         : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
@@ -2146,73 +2090,55 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>Takes over what look-ups have found. A server whose address stays keeps its state.</summary>
     internal void Update()
     {
-        if (IsCurrent())
+        int changes = Resolver.Changes;
+        if (changes == Volatile.Read(ref _changes))
         {
             return;
         }
 
         lock (_gate)
         {
-            IPAddress[][] found = Array.ConvertAll(upstreams, upstream => upstream.Addresses);
             List<Server> servers = [];
             _known.RemoveAll(server => Volatile.Read(ref server.Active) == 0 && Array.IndexOf(_servers, server) < 0);
             for (int i = 0; i < upstreams.Length; i++)
             {
-                Add(servers, upstreams[i], found[i]);
+                Add(servers, upstreams[i], resolvers[i]);
             }
-
-            _known.AddRange(servers.FindAll(server => !_known.Contains(server)));
 
             _table = [];
             Volatile.Write(ref _servers, [.. servers]);
-            Volatile.Write(ref _found, found);
+            Volatile.Write(ref _changes, changes);
         }
 
         Line?.Serve();
     }
 
-    private bool IsCurrent()
+    /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
+    private void Add(List<Server> servers, UpstreamSettings upstream, Resolver? resolver)
     {
-        IPAddress[][] found = Volatile.Read(ref _found);
-        for (int i = 0; i < found.Length; i++)
-        {
-            if (found[i] != upstreams[i].Addresses)
-            {
-                return false;
-            }
-        }
-
-        return found.Length > 0;
-    }
-
-    private void Add(List<Server> servers, Upstream upstream, IPAddress[] addresses)
-    {
-        UpstreamAddress address = upstream.Config.Address;
+        UpstreamAddress address = upstream.Address;
         int port = address.PortAt(portIndex);
-        string title = upstream.Config.Name ?? (upstream.Kind == AddressKind.Tcp ? $"{address.Host}:{port}" : address.Text);
-        if (upstream.Resolver is null)
+        EndPoint[] all = address.Kind switch
         {
-            EndPoint[] targets = upstream.Kind == AddressKind.Unix ? [new UnixDomainSocketEndPoint(address.Host)]
-                : Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port));
-            Add(targets, addresses.Length == 1 && upstream.Config.Name is null ? targets[0].ToString()! : title);
-            return;
-        }
-
-        bool isUsable = Array.Exists(addresses, ip => ip.AddressFamily == source?.AddressFamily);
-        foreach (IPAddress ip in addresses)
+            AddressKind.Tcp => Array.ConvertAll(
+                resolver?.Addresses ?? Resolver.Known(address.Host)!, EndPoint (ip) => new IPEndPoint(ip, port)),
+            AddressKind.Unix => [new UnixDomainSocketEndPoint(address.Host)],
+            _ => [],
+        };
+        string title = upstream.Name ?? (address.Kind != AddressKind.Tcp ? address.Text
+            : resolver is null && all.Length == 1 ? $"{all[0]}" : $"{address.Host}:{port}");
+        EndPoint[] usable = Array.FindAll(all, target => target.AddressFamily == source?.AddressFamily);
+        usable = usable.Length > 0 ? usable : all;
+        foreach (EndPoint[] targets in resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
         {
-            if (!isUsable || ip.AddressFamily == source!.AddressFamily)
+            Server? server = _known.Find(server => server.Upstream == upstream
+                && (resolver is null || server.Targets[0].Equals(targets[0])));
+            if (server is null)
             {
-                IPEndPoint target = new(ip, port);
-                Add([target], addresses.Length == 1 ? title : $"{title}/{target}");
+                _known.Add(server = new Server(this, upstream, resolver, targets));
             }
-        }
 
-        void Add(EndPoint[] targets, string title)
-        {
-            Server server = _known.Find(server => server.Upstream == upstream
-                && (targets.Length == 0 || server.Targets[0].Equals(targets[0]))) ?? new Server(this, upstream, targets, title);
-            server.Title = title;
+            server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
             if (!servers.Contains(server))
             {
                 servers.Add(server);
@@ -2226,7 +2152,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream.Config: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -2235,13 +2161,13 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         lock (_gate)
         {
             FindCandidates(tried, now, out isFull);
-            Server? server = _candidates.Count > 0 ? Pick(client, now) : null;
+            Server? server = _candidates.Count == 0 || isFull ? null : Pick(client, now);
             if (server is not null)
             {
                 Interlocked.Increment(ref server.Active);
-                if (IsMarked(server) && now >= server.DownUntil)
+                if (server.IsDown && now >= server.Until)
                 {
-                    server.DownUntil = now + (long)settings.FailTimeout.TotalMilliseconds; // this client tries it for all
+                    server.Until = now + _failTimeout; // this client tries it for all
                 }
             }
 
@@ -2250,42 +2176,32 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     }
 
     /// <summary>The best there are: servers that are up; where those are down or full, backups (nginx's meaning); where none
-    /// of them is up, full or not, those that are down.</summary>
+    /// of them is up, full or not, those that are down. Full ones are to be waited for.</summary>
     private void FindCandidates(List<Server>? tried, long now, out bool isFull)
     {
-        const int Down = 2;
+        const int Full = 2;
+        const int DownAndFull = 4;
         int best = int.MaxValue;
-        int bestFull = int.MaxValue;
         _candidates.Clear();
         foreach (Server server in _servers)
         {
-            if (server.Weight == 0 || tried?.Contains(server) == true)
+            int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
+                : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
+            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
             {
                 continue;
             }
 
-            int rank = !server.IsUp(now) ? Down : server.Upstream.Config.IsBackup ? 1 : 0;
-            if (!server.HasRoom)
+            if (rank < best)
             {
-                bestFull = Math.Min(rank, bestFull);
+                _candidates.Clear();
             }
-            else if (rank <= best)
-            {
-                if (rank < best)
-                {
-                    _candidates.Clear();
-                }
 
-                _candidates.Add(server);
-                best = rank;
-            }
+            _candidates.Add(server);
+            best = rank;
         }
 
-        isFull = bestFull < int.MaxValue;
-        if (best == Down && bestFull < Down)
-        {
-            _candidates.Clear();
-        }
+        isFull = best is Full or DownAndFull;
     }
 
     private Server Pick(ulong client, long now)
@@ -2336,10 +2252,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     {
         int total = 0;
         _candidates.ForEach(server => total += Share(server, now));
-        _random ^= _random << 13; // xorshift64 (Marsaglia)
-        _random ^= _random >> 7;
-        _random ^= _random << 17;
-        int draw = (int)(_random % (ulong)total);
+        int draw = Random.Shared.Next(total);
         return _candidates.Find(server => (draw -= Share(server, now)) < 0)!;
     }
 
@@ -2368,22 +2281,19 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Upstream.Resolver is not { Addresses.Length: > 1 } || server.Upstream.Config.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
         {
             return null;
         }
 
-        List<Server> others = [server];
+        List<Server> racers = [server];
         lock (_gate)
         {
-            others.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
+            racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
                 && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
-        IPAddress[] order = Resolver.Interleave([.. others.ConvertAll(AddressOf)]);
-        return Array.ConvertAll(order, address => others.Find(other => AddressOf(other).Equals(address))!);
-
-        static IPAddress AddressOf(Server server) => ((IPEndPoint)server.Targets[0]).Address;
+        return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
     }
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
@@ -2395,71 +2305,78 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>A connect has ended, well or not.</summary>
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
-        if (failure is null ? server.Fails == 0 : !failure.IsWorthRetry || !_isMarking || Servers.Length == 1)
+        bool isTelling = IsTelling(server, failure);
+        if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
         }
 
-        bool isNews;
         lock (_gate)
         {
-            bool wasMarked = IsMarked(server);
-            if (failure is null ? wasMarked : !wasMarked && now - server.FailedAt > settings.FailTimeout.TotalMilliseconds)
+            if (server.IsCheckedDown)
             {
-                server.Fails = 0;
+                return; // which only checks end
             }
 
-            if (failure is null)
+            if (!isTelling)
             {
-                server.DownUntil = 0;
-                server.BackSince = wasMarked && Servers.Length > 1 ? now : server.BackSince;
+                server.Until = now; // it was not tried: the next client does
             }
-            else
+            else if (failure is null)
             {
-                server.Fails++;
-                server.FailedAt = now;
-                server.DownUntil = IsMarked(server) ? now + (long)settings.FailTimeout.TotalMilliseconds : 0;
+                Turn(server, isDown: false, "connected", now);
             }
-
-            isNews = wasMarked != IsMarked(server) && !server.IsCheckedDown;
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, failure is null, failure is null ? "connected" : failure.Words);
+            else if (settings.MaxFails > 0 && _failTimeout > 0 && _servers.Length > 1)
+            {
+                server.Fails = now <= server.Until ? server.Fails + 1 : 1;
+                server.Until = now + _failTimeout;
+                Turn(server, server.IsDown || server.Fails >= settings.MaxFails, failure.Words, now);
+            }
         }
     }
 
-    /// <summary>A check has ended, well or not.</summary>
-    internal void Checked(Server server, string? failure, long now)
+    /// <summary>A check has ended, well or not. What connects have said before does not count any more when checks have turned
+    /// the server: it was of the same illness.</summary>
+    internal void Checked(Server server, CloseReason? failure, long now)
     {
         bool isDown = failure is not null;
-        bool isNews;
+        if (!IsTelling(server, failure))
+        {
+            return;
+        }
+
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
-            if (server.Contrary < (isDown ? settings.CheckFall : settings.CheckRise) || server.Contrary == 0)
+            if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
-                return;
+                server.Contrary = 0;
+                Turn(server, isDown, isDown ? $"check: {failure!.Words}" : "check passed", now);
+                server.Until = isDown ? long.MaxValue : now;
             }
-
-            server.Contrary = 0;
-            server.IsCheckedDown = isDown;
-            server.BackSince = isDown || Servers.Length == 1 ? 0 : now;
-            isNews = !isDown || !IsMarked(server);
-            if (!isDown)
-            {
-                (server.Fails, server.DownUntil) = (0, 0); // the failed connects before it were of the same illness
-            }
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
         }
     }
 
-    private bool IsMarked(Server server) => _isMarking && server.Fails >= settings.MaxFails;
+    /// <summary>What failed was the server, or perhaps its address; that descriptors are short is no fault of its.</summary>
+    private static bool IsTelling(Server server, CloseReason? failure)
+    {
+        if (failure is not null)
+        {
+            server.Resolver?.Doubt();
+        }
+
+        return failure is not { IsWorthRetry: false };
+    }
+
+    private void Turn(Server server, bool isDown, string reason, long now)
+    {
+        if (server.IsDown != isDown)
+        {
+            (server.IsDown, server.Fails) = (isDown, 0);
+            server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
+            log.ServerState(route, server.Title, !isDown, reason);
+        }
+    }
 }
 
 /// <summary>Consistent hashing (Eisenbud et al., Maglev, NSDI 2016, 3.4): each server goes through the table in an order of
@@ -2549,14 +2466,12 @@ internal static class Maglev
 internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 {
     private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
-    private int _count;
-    private int _picky; // of them
+    private int _holding; // of them: who is not picky
 
-    internal TimeSpan Patience { get; } = patience;
-    internal int Count => Volatile.Read(ref _count);
+    internal int Count => _waiters.Count;
 
     /// <summary>Whoever comes now has to wait as well.</summary>
-    internal bool IsHeldUp => Volatile.Read(ref _count) > Volatile.Read(ref _picky);
+    internal bool IsHeldUp => Volatile.Read(ref _holding) > 0;
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
@@ -2564,7 +2479,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     internal Task<CloseReason?> EnterAsync(
         Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64) { HasSpoken = hasSpoken };
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience));
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -2573,15 +2488,14 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (_count >= most)
+            if (_waiters.Count >= most)
             {
                 waiter.Outcome.SetResult(full);
                 return;
             }
 
-            _waiters.AddLast(waiter.Node);
-            _count++;
-            _picky += waiter.IsPicky ? 1 : 0;
+            waiter.Node = _waiters.AddLast(waiter);
+            _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
         }
@@ -2590,6 +2504,11 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     /// <summary>Lets in who can be.</summary>
     internal void Serve()
     {
+        if (_waiters.Count == 0)
+        {
+            return;
+        }
+
         lock (_waiters)
         {
             for (LinkedListNode<Waiter>? node = _waiters.First; node is not null;)
@@ -2612,81 +2531,51 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (waiter.Node.List is not null)
+            if (waiter.Node is { List: not null } node)
             {
-                _waiters.Remove(waiter.Node);
-                _count--;
-                _picky -= waiter.IsPicky ? 1 : 0;
+                _waiters.Remove(node);
+                _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
-    internal sealed class Waiter : Watched
+    internal sealed class Waiter(
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
     {
-        private readonly WaitingLine _line;
-        private readonly Socket? _client;
-        private readonly long _since;
-
-        internal Waiter(WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, long now)
-        {
-            (_line, TryEnter, _client, IsPicky, _since) = (line, tryEnter, client, isPicky, now);
-            Node = new LinkedListNode<Waiter>(this);
-        }
-
-        internal Func<bool> TryEnter { get; }
-        internal bool IsPicky { get; }
-        internal bool HasSpoken { get; init; }
-        internal LinkedListNode<Waiter> Node { get; }
+        internal Func<bool> TryEnter { get; } = tryEnter;
+        internal bool IsPicky { get; } = isPicky;
+        internal LinkedListNode<Waiter>? Node { get; set; } // its place
         internal TaskCompletionSource<CloseReason?> Outcome { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
 
-        internal override void Stop() => _line.Remove(this, CloseReason.StoppedConnecting);
+        internal override void Stop() => line.Remove(this, CloseReason.StoppedConnecting);
 
         internal override bool Check(long now)
         {
-            if (_line.Patience > TimeSpan.Zero && now - _since >= _line.Patience.TotalMilliseconds)
+            bool hasLeft = client is not null && (hasSpoken ? SocketOptions.HasFailed(client) : SocketOptions.HasLeft(client));
+            if (now >= deadline || hasLeft)
             {
-                _line.Remove(this, CloseReason.QueueTimeout);
-            }
-            else if (_client is not null && (HasSpoken ? SocketOptions.HasFailed(_client) : SocketOptions.HasLeft(_client)))
-            {
-                _line.Remove(this, CloseReason.LeftQueue);
-            }
-            else
-            {
-                _line.Serve(); // a server may be back, which nobody says
+                line.Remove(this, hasLeft ? CloseReason.LeftQueue : CloseReason.QueueTimeout);
             }
 
+            line.Serve(); // a server may be back, which nobody says
             return true;
         }
     }
 }
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
-internal sealed class UpstreamPool
+internal sealed class UpstreamPool(
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
-    private readonly Upstream[] _upstreams;
-    private readonly Resolver[] _resolvers; // of those upstreams that are names
-    private readonly Balancer?[] _balancers; // one, or one a port where ranges are mapped; made when needed
-    private readonly PoolSettings _settings;
-    private readonly ConnectSettings _connect;
-    private readonly string _route;
-    private readonly Log _log;
+    private readonly Resolver?[] _resolvers = // null for what needs no look-up
+        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+    private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
+        new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private volatile bool _isChecking;
-
-    internal UpstreamPool(
-        List<UpstreamSettings> upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        (_settings, _connect, _route, _log) = (settings, connect, route, log);
-        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream, connect, route, log))];
-        _resolvers = Array.ConvertAll(Array.FindAll(_upstreams, u => u.Resolver is not null), u => u.Resolver!);
-        int ports = 1;
-        upstreams.ForEach(upstream => ports = Math.Max(ports, upstream.Address.PortCount));
-        _balancers = new Balancer?[ports];
-    }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
     /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
@@ -2694,27 +2583,26 @@ internal sealed class UpstreamPool
     internal async ValueTask<Connection> ConnectAsync(
         int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
-        long deadline = _connect.Deadline(); // of the first server, the look-up of its name included
-        if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
+        long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
+        if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
+            await Resolver.RefreshAsync(_resolvers, deadline);
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = _settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
-        Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
-        Connection last = new(only, null, null, balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
+        Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
-        int retries = _connect.Retries;
-        while (true)
+        for (int retries = connect.Retries; ; deadline = Watched.Deadline(connect.Timeout))
         {
             bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
-            if (isFull && server is null)
+            if (isFull)
             {
                 (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
-                last = tried is null ? new Connection(only, null, null, refusal) : last;
-                deadline = _connect.Deadline();
+                last = tried is null ? new Connection(only, failure: refusal) : last;
+                deadline = Watched.Deadline(connect.Timeout);
             }
 
             if (server is null)
@@ -2723,7 +2611,7 @@ internal sealed class UpstreamPool
             }
 
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
-            last = racers is null ? await DialAsync(server, deadline) : await RaceAsync(racers, deadline);
+            last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
             {
                 return last;
@@ -2734,15 +2622,13 @@ internal sealed class UpstreamPool
             {
                 return last;
             }
-
-            deadline = _connect.Deadline();
         }
     }
 
     /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
     internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
     {
-        long started = Environment.TickCount64;
+        long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
         UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
@@ -2750,16 +2636,11 @@ internal sealed class UpstreamPool
         while (true)
         {
             Connection connection = await pool.ConnectAsync(0);
-            connection.Release();
             connection.Socket?.Dispose();
-            if (connection.Failure is not { } failure)
+            if (connection.Failure is null || Environment.TickCount64 >= deadline)
             {
-                return null;
-            }
-
-            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
-            {
-                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
+                return connection.Failure is not { } failure ? null
+                    : $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
             }
 
             await Task.Delay(WaitPause);
@@ -2769,19 +2650,14 @@ internal sealed class UpstreamPool
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
-        Balancer? balancer = Volatile.Read(ref place);
-        if (balancer is null)
+        if (Volatile.Read(ref place) is null)
         {
-            Balancer made = new(_upstreams, portIndex, _settings, _connect.Source, _route, _log);
-            made.Update();
-            balancer = Interlocked.CompareExchange(ref place, made, null) ?? made;
-        }
-        else if (_resolvers.Length > 0)
-        {
-            balancer.Update();
+            Balancer made = new(upstreams, _resolvers, portIndex, settings, connect.Source, route, log);
+            Interlocked.CompareExchange(ref place, made, null);
         }
 
-        return balancer;
+        place!.Update();
+        return place;
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
@@ -2794,78 +2670,58 @@ internal sealed class UpstreamPool
         return (server, refusal);
     }
 
-    /// <summary>Connects to a server in which a place has been taken; it is given back when that fails.</summary>
-    private async ValueTask<Connection> DialAsync(Server server, long deadline)
+    /// <summary>Connects to a server in which a place has been taken, or to the first to answer of those beside it, which then
+    /// has the place; it is given back when all fail.</summary>
+    private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
-        if (server.Targets.Length == 0)
-        {
-            return new Connection(server.Upstream, server, null, null);
-        }
-
+        Server? winner = null;
         try
         {
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-            Dialled(server, failure);
-            if (failure is null)
+            if (first.Targets.Length == 0)
             {
-                return new Connection(server.Upstream, server, dial, null);
+                return new Connection(first.Upstream, winner = first);
             }
 
-            server.Leave();
-            return new Connection(server.Upstream, null, null, failure);
-        }
-        catch
-        {
-            server.Leave();
-            throw;
-        }
-    }
-
-    /// <summary>The same with others beside it, the first of which may win: then the place is taken there.</summary>
-    private async ValueTask<Connection> RaceAsync(Server[] racers, long deadline)
-    {
-        Server first = racers[0];
-        try
-        {
-            List<Dial> failed = [];
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(
-                Array.ConvertAll(racers, racer => racer.Targets[0]), _connect.Source, deadline, failed);
-            foreach (Dial loser in failed)
+            EndPoint[] targets = racers is null ? first.Targets : Array.ConvertAll(racers, racer => racer.Targets[0]);
+            List<Dial>? losers = racers is null ? null : [];
+            Dial dial = await Dialer.DialAsync(targets, connect.Source, deadline, losers);
+            CloseReason? failure = await dial.Outcome;
+            for (int i = 0; i < losers?.Count; i++)
             {
-                Dialled(OwnerOf(loser), await loser.Outcome!);
+                Server loser = OwnerOf(racers!, losers[i]);
+                loser.Balancer.Dialled(loser, await losers[i].Outcome, Environment.TickCount64);
             }
 
-            Server? winner = dial is null ? null : OwnerOf(dial);
-            if (winner is not null)
+            Server last = racers is null ? first : OwnerOf(racers, dial);
+            last.Balancer.Dialled(last, failure, Environment.TickCount64);
+            if (failure is not null)
             {
-                Dialled(winner, null);
-                Interlocked.Increment(ref winner.Active);
+                return new Connection(first.Upstream, failure: failure);
             }
 
-            return new Connection(first.Upstream, winner, dial, failure);
+            if (last != first)
+            {
+                Interlocked.Increment(ref last.Active);
+            }
+
+            return new Connection(first.Upstream, winner = last, dial);
         }
         finally
         {
-            first.Leave();
+            if (winner != first)
+            {
+                first.Leave();
+            }
         }
 
-        Server OwnerOf(Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
-    }
-
-    private static void Dialled(Server server, CloseReason? failure)
-    {
-        server.Balancer.Dialled(server, failure, Environment.TickCount64);
-        if (failure is not null)
-        {
-            server.Upstream.Resolver?.Doubt();
-        }
+        static Server OwnerOf(Server[] racers, Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
     }
 
     // ---- active checks
 
     internal void StartChecks()
     {
-        if (_settings.Check > TimeSpan.Zero)
+        if (settings.Check > TimeSpan.Zero)
         {
             _isChecking = true;
             _ = CheckAllAsync();
@@ -2877,56 +2733,52 @@ internal sealed class UpstreamPool
     /// <summary>Begins to check each server, now and whenever the look-up of a name has found new ones.</summary>
     private async Task CheckAllAsync()
     {
-        List<Server> seen = [];
         do
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: false, _connect.Deadline());
-            List<Server> servers = [];
+            await Resolver.RefreshAsync(_resolvers, Watched.Deadline(connect.Timeout));
             for (int i = 0; i < _balancers.Length; i++)
             {
-                servers.AddRange(BalancerOf(i).Servers);
+                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && !one.IsChecked))
+                {
+                    _ = CheckAsync(server);
+                }
             }
 
-            servers.FindAll(server => server.Targets.Length > 0 && !seen.Contains(server))
-                .ForEach(server => _ = CheckAsync(server));
-            seen = servers;
-            await Task.Delay(_settings.Check);
+            await Task.Delay(settings.Check);
         }
-        while (_isChecking && _resolvers.Length > 0);
+        while (_isChecking && Array.Exists(_resolvers, resolver => resolver is not null));
     }
 
     private async Task CheckAsync(Server server)
     {
-        int interval = (int)_settings.Check.TotalMilliseconds;
+        int interval = (int)settings.Check.TotalMilliseconds;
+        server.IsChecked = true;
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
             CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking && failure is not { IsWorthRetry: false }) // out of descriptors is no fault of the server's
+            if (_isChecking)
             {
-                server.Balancer.Checked(server, failure?.Words, Environment.TickCount64);
-            }
-
-            if (failure is not null)
-            {
-                server.Upstream.Resolver?.Doubt();
+                server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
 
             await Task.Delay(interval - (interval / 10) + Random.Shared.Next((interval / 5) + 1));
         }
+
+        server.IsChecked = false;
     }
 
     private async Task<CloseReason?> ProbeAsync(Server server)
     {
-        TimeSpan time = _connect.Timeout > TimeSpan.Zero && _connect.Timeout < _settings.Check ? _connect.Timeout : _settings.Check;
+        TimeSpan time = connect.Timeout > TimeSpan.Zero && connect.Timeout < settings.Check ? connect.Timeout : settings.Check;
         long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
-        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-        if (dial is null)
+        Dial dial = await Dialer.DialAsync(server.Targets, connect.Source, deadline);
+        if (await dial.Outcome is { } failure)
         {
             return failure;
         }
 
-        using Socket socket = dial.Socket;
+        using Socket socket = dial.Socket!;
         try
         {
             TimeSpan left = TimeSpan.FromMilliseconds(Math.Max(1, deadline - Environment.TickCount64));
@@ -2943,26 +2795,27 @@ internal sealed class UpstreamPool
     private async Task<bool> ConverseAsync(Socket socket)
     {
         const int Longest = 16 << 10; // bytes of an answer
-        byte[] words = new byte[ProxyHeader.LongestWritten + _settings.CheckSend.Length];
-        int header = _connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, _connect.SendProxy, null, null);
-        _settings.CheckSend.CopyTo(words, header);
-        if (header + _settings.CheckSend.Length > 0)
+        byte[] words = new byte[ProxyHeader.LongestWritten + settings.CheckSend.Length];
+        int length = connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, connect.SendProxy, null, null);
+        settings.CheckSend.CopyTo(words, length);
+        length += settings.CheckSend.Length;
+        if (length > 0)
         {
-            await socket.SendAsync(words.AsMemory(0, header + _settings.CheckSend.Length), SocketFlags.None);
+            await socket.SendAsync(words.AsMemory(0, length), SocketFlags.None);
         }
 
-        byte[] answer = new byte[_settings.CheckExpect.Length > 0 ? Longest : 0];
-        int length = 0;
-        for (int received = 1; received > 0 && length < answer.Length; length += received)
+        byte[] answer = new byte[settings.CheckExpect.Length > 0 ? Longest : 0];
+        int received = 0;
+        for (length = 0; answer.AsSpan(0, length).IndexOf(settings.CheckExpect) < 0; length += received)
         {
-            received = await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None);
-            if (answer.AsSpan(0, length + received).IndexOf(_settings.CheckExpect) >= 0)
+            received = length < answer.Length ? await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None) : 0;
+            if (received == 0)
             {
-                return true;
+                return false;
             }
         }
 
-        return answer.Length == 0;
+        return true;
     }
 }
 
@@ -2977,10 +2830,6 @@ internal sealed class ConnectSettings
     internal IPAddress? Source { get; set; }
     internal ProxyVersion SendProxy { get; set; }
 
-    /// <summary>When an attempt that begins now is given up (TickCount64).</summary>
-    internal long Deadline() => Timeout > TimeSpan.Zero
-        ? Environment.TickCount64 + (long)Timeout.TotalMilliseconds : long.MaxValue;
-
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
 
@@ -2990,6 +2839,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private const int Moment = 250; // ms: how long a connection waits for a look-up that it could do without
     private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
 
+    private static int _changes;
+
     private readonly Lock _gate = new();
     private volatile IPAddress[] _addresses = [];
     private Task? _lookup; // the one that runs; under _gate
@@ -2997,25 +2848,33 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private long _answeredAt;
     private long _freshUntil = long.MinValue;
 
-    /// <summary>The last known ones; the same array as before when they have not changed.</summary>
+    /// <summary>Of all names: how often their addresses have.</summary>
+    internal static int Changes => Volatile.Read(ref _changes);
+
+    /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
+
+    /// <summary>Null for what needs no look-up.</summary>
+    internal static Resolver? For(UpstreamAddress address, ConnectSettings settings, string route, Log log) =>
+        address.Kind != AddressKind.Tcp || Known(address.Host) is not null ? null
+        : new Resolver(address.Host, settings.Resolve, route, log);
 
     /// <summary>What needs no look-up, or null.</summary>
     internal static IPAddress[]? Known(string host) => IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
         : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3
         : null;
 
-    /// <summary>Looks up what is not fresh. Where addresses are known, or <paramref name="isKnown"/> says that others are,
-    /// they serve when an answer takes longer than a moment.</summary>
-    internal static async Task RefreshAsync(Resolver[] resolvers, bool isKnown, long deadline)
+    /// <summary>Looks up what is not fresh. Where addresses are known (null: without looking), they serve when an answer takes
+    /// longer than a moment.</summary>
+    internal static async Task RefreshAsync(Resolver?[] resolvers, long deadline)
     {
         List<Task> lookups = [];
         long asked = 0;
-        foreach (Resolver resolver in resolvers)
+        foreach (Resolver? resolver in resolvers)
         {
-            if (!resolver.IsFresh)
+            if (resolver is { IsFresh: false })
             {
                 lookups.Add(resolver.LookUp());
                 asked = Math.Max(asked, resolver._askedAt);
@@ -3036,7 +2895,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         }
 
-        bool IsKnown() => isKnown || Array.Exists(resolvers, resolver => resolver._addresses.Length > 0);
+        bool IsKnown() => Array.Exists(resolvers, resolver => resolver is not { _addresses.Length: 0 });
     }
 
     /// <summary>The addresses did not answer: the name may have moved.</summary>
@@ -3059,8 +2918,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         try
         {
             // getaddrinfo blocks, and the pool is for what does not
-            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
-                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default));
+            found = Interleave([.. await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
+                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)], ip => ip.AddressFamily);
         }
 #pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
         catch (Exception e)
@@ -3076,6 +2935,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         {
             _answeredAt = Environment.TickCount64;
             _addresses = isSame ? _addresses : found;
+            Interlocked.Add(ref _changes, isSame ? 0 : 1);
             _lookup = null;
             long time = failure is null ? (long)keep.TotalMilliseconds : Math.Min((long)keep.TotalMilliseconds, LeastPause);
             Volatile.Write(ref _freshUntil, _answeredAt + time);
@@ -3097,11 +2957,11 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     }
 
     /// <summary>RFC 8305, 4: the families in turn, beginning with that of the resolver's first choice (RFC 6724).</summary>
-    internal static IPAddress[] Interleave(IPAddress[] addresses)
+    internal static T[] Interleave<T>(List<T> items, Converter<T, AddressFamily> family)
+        where T : class
     {
-        List<IPAddress> first = [.. addresses];
-        List<IPAddress> second = first.FindAll(address => address.AddressFamily != addresses[0].AddressFamily);
-        first.RemoveAll(second.Contains);
+        List<T> second = items.FindAll(item => family(item) != family(items[0]));
+        List<T> first = items.FindAll(item => !second.Contains(item));
         for (int i = 0; i < second.Count; i++)
         {
             first.Insert(Math.Min((2 * i) + 1, first.Count), second[i]);
@@ -3112,46 +2972,38 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 }
 
 /// <summary>One attempt to connect to one address. Its socket is the caller's when it succeeds, else closed.</summary>
-internal sealed class Dial : Watched
+internal sealed class Dial : Patience
 {
-    private readonly long _deadline;
-    private CloseReason? _ended; // by the sweep, or Done: whoever is first
-
-    private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
-
-    internal Socket Socket { get; } // owned until it has succeeded
-    internal EndPoint Target { get; }
-    internal Task<CloseReason?>? Outcome { get; private set; }
-
-    /// <exception cref="SocketException">no socket: out of descriptors, or the source address is not ours</exception>
-    internal static Dial Start(EndPoint target, IPAddress? source, long deadline)
+    /// <summary>Begins at once.</summary>
+    internal Dial(EndPoint target, IPAddress? source, long deadline)
+        : base(null, deadline, CloseReason.StoppedConnecting)
     {
-        bool isUnix = target.AddressFamily == AddressFamily.Unix;
-        Socket socket = new(target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
-        try
-        {
-            if (!isUnix)
-            {
-                SocketOptions.Relay(socket);
-                SocketOptions.BindSource(socket, source);
-            }
-
-            return new Dial(socket, target, deadline);
-        }
-        catch (SocketException)
-        {
-            socket.Dispose();
-            throw;
-        }
+        Target = target;
+        Outcome = ConnectAsync(source);
     }
 
-    /// <summary>Null when connected, else why not.</summary>
-    internal Task<CloseReason?> RunAsync() => Outcome = ConnectAsync();
+    internal EndPoint Target { get; }
 
-    private async Task<CloseReason?> ConnectAsync()
+    /// <summary>Null when connected, else why not.</summary>
+    internal Task<CloseReason?> Outcome { get; }
+
+    private async Task<CloseReason?> ConnectAsync(IPAddress? source)
     {
+        bool isUnix = Target.AddressFamily == AddressFamily.Unix;
+        if (!isUnix && source is not null && source.AddressFamily != Target.AddressFamily)
+        {
+            return CloseReason.WrongFamily;
+        }
+
         try
         {
+            Socket = new(Target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+            if (!isUnix)
+            {
+                SocketOptions.Relay(Socket);
+                SocketOptions.BindSource(Socket, source);
+            }
+
             ValueTask connecting = Socket.ConnectAsync(Target, CancellationToken.None);
             if (!connecting.IsCompleted)
             {
@@ -3159,46 +3011,30 @@ internal sealed class Dial : Watched
             }
 
             await connecting;
-            if (IsLoop())
+            if (IsLoop(Socket))
             {
                 throw new SocketException((int)SocketError.ConnectionRefused);
             }
 
-            return Interlocked.CompareExchange(ref _ended, CloseReason.Done, null); // or the sweep was first
+            return Done(); // or the sweep was first
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            Socket.Dispose();
-            return _ended ?? CloseReason.OfConnect(e);
-        }
-        finally
-        {
-            Sweep.Remove(this);
+            Socket?.Dispose();
+            return Done() ?? CloseReason.OfConnect(e);
         }
     }
 
     /// <summary>Where nobody listens, a connect to an own port that the system picks for its near end as well succeeds:
     /// TCP's simultaneous open with itself.</summary>
-    private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
+    private bool IsLoop(Socket socket) =>
+        Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(socket.LocalEndPoint);
 
-    internal override bool Check(long now)
+    /// <summary>Another was faster, perhaps by so little that this one has succeeded as well.</summary>
+    internal void Lose()
     {
-        if (now >= _deadline)
-        {
-            End(CloseReason.ConnectTimeout);
-        }
-
-        return true;
-    }
-
-    internal override void Stop() => End(CloseReason.StoppedConnecting);
-
-    internal void End(CloseReason reason)
-    {
-        if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
-        {
-            Socket.Close(0); // makes the pending connect end
-        }
+        End(CloseReason.Outrun);
+        Socket?.Close(0);
     }
 }
 
@@ -3206,87 +3042,63 @@ internal static class Dialer
 {
     private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
 
-    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Those that
-    /// did not are added to <paramref name="failed"/>, those that were not waited for are not.</summary>
-    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? failed = null)
+    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Returns that
+    /// attempt, or else the last one. The others that have failed are added to <paramref name="losers"/>, those that
+    /// were not waited for are not.</summary>
+    internal static async ValueTask<Dial> DialAsync(
+        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? losers = null)
     {
-        CloseReason noTarget = targets.Length == 0 ? CloseReason.NotResolved : CloseReason.WrongFamily;
-        if (source is not null)
+        if (targets.Length > 1)
         {
-            targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
-                || target.AddressFamily == AddressFamily.Unix);
+            return await RaceAsync(targets, source, deadline, losers ?? []);
         }
 
-        if (targets.Length != 1)
-        {
-            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, source, deadline, failed ?? []);
-        }
-
-        (Dial? dial, CloseReason? failure) = Start(targets[0], source, deadline);
-        failure ??= await dial!.RunAsync();
-        return failure is null ? (dial, null) : (null, failure);
-    }
-
-    private static (Dial? Dial, CloseReason? Failure) Start(EndPoint target, IPAddress? source, long deadline)
-    {
-        try
-        {
-            return (Dial.Start(target, source, deadline), null);
-        }
-        catch (SocketException e)
-        {
-            return (null, CloseReason.OfConnect(e));
-        }
+        Dial dial = new(targets[0], source, deadline);
+        await dial.Outcome;
+        return dial;
     }
 
     /// <summary>RFC 8305: the next address is tried when the last one failed or has not answered for a while; the
     /// first to connect wins and the others are closed.</summary>
-    private static async Task<(Dial? Dial, CloseReason? Failure)> RaceAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial> failed)
+    private static async Task<Dial> RaceAsync(EndPoint[] targets, IPAddress? source, long deadline, List<Dial> losers)
     {
         List<Dial> running = [];
-        CloseReason? failure = null;
         for (int next = 0; next < targets.Length || running.Count > 0;)
         {
             if (next < targets.Length)
             {
-                (Dial? dial, failure) = Start(targets[next++], source, deadline);
-                if (dial is not null)
-                {
-                    _ = dial.RunAsync();
-                    running.Add(dial);
-                }
+                running.Add(new Dial(targets[next++], source, deadline));
             }
 
             await AnyEndAsync(running, next < targets.Length);
             for (int i = running.Count - 1; i >= 0; i--)
             {
                 Dial dial = running[i];
-                if (dial.Outcome!.IsCompleted)
+                if (dial.Outcome.IsCompleted)
                 {
-                    failure = await dial.Outcome;
                     running.RemoveAt(i);
-                    if (failure is null)
+                    if (await dial.Outcome is null)
                     {
-                        running.ForEach(loser => loser.End(CloseReason.Outrun));
-                        failed.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
-                        return (dial, null);
+                        running.ForEach(loser => loser.Lose());
+                        losers.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
+                        return dial;
                     }
 
-                    failed.Add(dial);
+                    losers.Add(dial);
                 }
             }
         }
 
-        return (null, failure);
+        Dial last = losers[^1];
+        losers.Remove(last);
+        return last;
     }
 
     private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
     {
-        if (running.Count > 0 && !running[^1].Outcome!.IsCompleted)
+        if (!running[^1].Outcome.IsCompleted)
         {
-            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome!));
+            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome));
             await (hasNext ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
         }
@@ -3343,60 +3155,6 @@ internal sealed class Rates(BridgeSettings settings)
         client, [.. ByteRate.Of(settings.RateUp), .. _up, .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
 
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
-}
-
-/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
-/// words. An orderly end closes with FIN, any other resets both sides.</summary>
-internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
-{
-    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
-    internal static readonly CloseReason ClientReset = new("CD", "client reset");
-    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
-    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
-    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
-    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
-    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
-    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
-    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
-    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
-    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
-    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
-    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
-    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
-    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
-    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
-    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
-    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
-    internal static readonly CloseReason NoServer = new("SC", "no server");
-    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
-    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
-    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
-    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
-    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
-
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-    internal bool IsOrderly { get; } = isOrderly;
-
-    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
-    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
-
-    /// <summary>The failure is this server's, so another may do better.</summary>
-    internal bool IsWorthRetry { get; } = isWorthRetry;
-
-    /// <summary>What nobody expected: a defect of ours.</summary>
-    internal Exception? Error { get; } = error;
-
-    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
-
-    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
-        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
-        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
-        : OfServer(Text.Reason(error));
-
-    /// <summary>What is the server's fault, in so many words.</summary>
-    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
 }
 
 internal sealed class Bridge : PumpOwner
@@ -4145,6 +3903,36 @@ internal enum ProxyVersion
     V2,
 }
 
+/// <summary>Takes numbers and vectors (a length and as many bytes) off the front, in the order of the network. From the
+/// first that is not all there, everything is empty.</summary>
+internal ref struct Cursor(ReadOnlySpan<byte> bytes)
+{
+    internal ReadOnlySpan<byte> Rest { get; private set; } = bytes;
+    internal bool IsCut { get; private set; }
+
+    internal ReadOnlySpan<byte> Take(int length)
+    {
+        IsCut |= length > Rest.Length;
+        ReadOnlySpan<byte> taken = IsCut ? default : Rest[..length];
+        Rest = IsCut ? default : Rest[length..];
+        return taken;
+    }
+
+    internal uint Number(int size)
+    {
+        uint number = 0;
+        foreach (byte b in Take(size))
+        {
+            number = (number << 8) | b;
+        }
+
+        return number;
+    }
+
+    /// <summary>The length has <paramref name="prefix"/> bytes: one or two.</summary>
+    internal ReadOnlySpan<byte> Vector(int prefix) => Take((int)Number(prefix));
+}
+
 /// <summary>The PROXY protocol, as haproxy.org's doc/proxy-protocol.txt has it.</summary>
 internal static class ProxyHeader
 {
@@ -4163,6 +3951,7 @@ internal static class ProxyHeader
     private const int UnixSize = 2 * UnixPath;
     private const int UnixPath = 108;
     private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
+    private const int ChecksumSize = 4;
 
     private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
 
@@ -4194,14 +3983,9 @@ internal static class ProxyHeader
 
         string line = Encoding.UTF8.GetString(bytes[..end]);
         string[] words = line.Split(' ');
-        bool isV6 = words[1] == "TCP6";
-        IPEndPoint? from = null;
-        IPEndPoint? to = null;
-        if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
-        {
-            (from, to) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
-        }
-
+        bool isTcp = words.Length == 6 && words[1] is "TCP4" or "TCP6";
+        IPEndPoint? from = isTcp ? Read(words[2], words[4], words[1]) : null;
+        IPEndPoint? to = isTcp ? Read(words[3], words[5], words[1]) : null;
         bool isKnown = from is not null && to is not null;
         (source, destination) = isKnown ? (from, to) : (null, null);
         wrong = isKnown || words[1] == "UNKNOWN" ? null : $"malformed PROXY header '{line}'";
@@ -4209,10 +3993,9 @@ internal static class ProxyHeader
     }
 
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
-    private static IPEndPoint? Read(string address, string port, bool isV6) =>
+    private static IPEndPoint? Read(string address, string port, string family) =>
         address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
-            && ip.AddressFamily == (isV6 ? AddressFamily.InterNetworkV6 : AddressFamily.InterNetwork)
-            && (isV6 || ip.ToString() == address)
+            && (ip.AddressFamily == AddressFamily.InterNetworkV6 ? family == "TCP6" : family == "TCP4" && ip.ToString() == address)
             && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
             && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
             ? new IPEndPoint(ip, number) : null;
@@ -4235,22 +4018,21 @@ internal static class ProxyHeader
             return 0;
         }
 
-        int half = Fixed + (family == Tcp4 ? 4 : 16);
+        Cursor rest = new(bytes[Fixed..end]);
         if (!isLocal && family is Tcp4 or Tcp6)
         {
-            source = Read(bytes[Fixed..half], bytes[(addresses - 4)..]);
-            destination = Read(bytes[half..(addresses - 4)], bytes[(addresses - 2)..]);
+            IPAddress from = new(rest.Take(family == Tcp4 ? 4 : 16));
+            IPAddress to = new(rest.Take(family == Tcp4 ? 4 : 16));
+            source = new IPEndPoint(from, (int)rest.Number(2));
+            destination = new IPEndPoint(to, (int)rest.Number(2));
         }
         else if (!isLocal && family == UnixStream)
         {
-            source = ReadPath(bytes.Slice(Fixed, UnixPath));
-            destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
+            source = ReadPath(rest.Take(UnixPath));
+            destination = ReadPath(rest.Take(UnixPath));
         }
 
         return end;
-
-        static IPEndPoint Read(ReadOnlySpan<byte> address, ReadOnlySpan<byte> port) =>
-            new(new IPAddress(address), BinaryPrimitives.ReadUInt16BigEndian(port));
     }
 
     /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
@@ -4264,22 +4046,21 @@ internal static class ProxyHeader
     /// <summary>TLVs are passed over, but a checksum must be right.</summary>
     private static string? CheckExtensions(ReadOnlySpan<byte> header, int at)
     {
-        while (at < header.Length)
+        Cursor extensions = new(header[at..]);
+        while (!extensions.Rest.IsEmpty)
         {
-            int value = at + 3;
-            int end = value <= header.Length ? value + BinaryPrimitives.ReadUInt16BigEndian(header[(at + 1)..]) : int.MaxValue;
-            if (end > header.Length)
+            bool isChecksum = extensions.Number(1) == ChecksumType;
+            Cursor value = new(extensions.Vector(2));
+            if (extensions.IsCut)
             {
                 return "PROXY header with a cut extension";
             }
 
-            if (header[at] == ChecksumType
-                && (end != value + 4 || BinaryPrimitives.ReadUInt32BigEndian(header[value..]) != Checksum(header, value)))
+            int field = header.Length - extensions.Rest.Length - ChecksumSize;
+            if (isChecksum && (value.Rest.Length != ChecksumSize || value.Number(ChecksumSize) != Checksum(header, field)))
             {
                 return "PROXY header with a wrong checksum";
             }
-
-            at = end;
         }
 
         return null;
@@ -4291,7 +4072,7 @@ internal static class ProxyHeader
         uint crc = uint.MaxValue;
         for (int i = 0; i < header.Length; i++)
         {
-            crc = BitOperations.Crc32C(crc, i >= field && i < field + 4 ? (byte)0 : header[i]);
+            crc = BitOperations.Crc32C(crc, i >= field && i < field + ChecksumSize ? (byte)0 : header[i]);
         }
 
         return ~crc;
@@ -4362,20 +4143,14 @@ internal static class ServerName
     {
         name = null;
         byte[] message = ArrayPool<byte>.Shared.Rent(bytes.Length);
-        try
+        int taken = Gather(bytes, message, out int length, out wrong);
+        if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
         {
-            int taken = Gather(bytes, message, out int length, out wrong);
-            if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
-            {
-                (taken, wrong) = (0, "a malformed TLS hello");
-            }
+            (taken, wrong) = (0, "a malformed TLS hello");
+        }
 
-            return taken;
-        }
-        finally
-        {
-            ArrayPool<byte>.Shared.Return(message);
-        }
+        ArrayPool<byte>.Shared.Return(message);
+        return taken;
     }
 
     /// <summary>The first message out of the records that carry it.</summary>
@@ -4409,44 +4184,32 @@ internal static class ServerName
     }
 
     /// <summary>RFC 8446, 4.1.2. False when it is malformed.</summary>
-    private static bool Find(ReadOnlySpan<byte> hello, ref string? name)
+    private static bool Find(ReadOnlySpan<byte> message, ref string? name)
     {
         const int VersionAndRandom = 34; // bytes
-        if (hello.Length < VersionAndRandom || hello[0] != 3)
+        Cursor hello = new(message);
+        if (hello.Take(VersionAndRandom) is not [3, ..])
         {
             return false;
         }
 
-        ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
-        bool isGood = Take(ref rest, 1, out _) && Take(ref rest, 2, out _) && Take(ref rest, 1, out _); // session, ciphers, ...
-        ReadOnlySpan<byte> extensions = default;
-        isGood = isGood && (rest.IsEmpty || Take(ref rest, 2, out extensions)); // TLS 1.2 may do without
-        while (isGood && extensions.Length > 0)
+        hello.Vector(1); // the session
+        hello.Vector(2); // ciphers
+        hello.Vector(1); // compression
+        Cursor extensions = new(hello.Rest.IsEmpty ? default : hello.Vector(2)); // TLS 1.2 may do without
+        while (!extensions.Rest.IsEmpty)
         {
-            bool isName = extensions.StartsWith((ReadOnlySpan<byte>)[0, 0]);
-            isGood = Take(ref extensions, 2, out ReadOnlySpan<byte> extension, skip: 2);
-            if (isGood && isName)
+            bool isName = extensions.Number(2) == 0;
+            Cursor extension = new(extensions.Vector(2));
+            if (isName)
             {
-                // a list of one name, of the one type that there is: 0
-                return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
-                    && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
-                    && (name = Read(Encoding.UTF8.GetString(host))) is not null;
+                Cursor list = new(extension.Vector(2)); // of one name, of the one type that there is: 0
+                name = list.Number(1) == 0 ? Read(Encoding.UTF8.GetString(list.Vector(2))) : null;
+                return name is not null;
             }
         }
 
-        return isGood;
-    }
-
-    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> others, off the front.</summary>
-    private static bool Take(scoped ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
-    {
-        int start = skip + prefix;
-        int length = rest.Length < start ? int.MaxValue
-            : prefix == 1 ? rest[skip] : BinaryPrimitives.ReadUInt16BigEndian(rest[skip..]);
-        bool isThere = length <= rest.Length - start;
-        vector = isThere ? rest.Slice(start, length) : default;
-        rest = isThere ? rest[(start + length)..] : rest;
-        return isThere;
+        return !hello.IsCut && !extensions.IsCut;
     }
 
     /// <summary>In lower case; null when it is none.</summary>
@@ -4497,54 +4260,39 @@ internal sealed class PrereadSettings
         : Array.Exists(_senders, network => Network.Has(network, ip.Address));
 }
 
-/// <summary>Why it went no further: HAProxy's two letters, and words.</summary>
-internal sealed class Refusal(string code, string words)
+/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends. Whoever is first says so.</summary>
+internal class Patience(Socket? socket, long deadline, CloseReason stopped) : Watched
 {
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-}
+    private CloseReason? _end; // Done: it came in time
 
-/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
-internal sealed class Patience : Watched, IDisposable
-{
-    private readonly Socket _socket; // not owned, but closed when it is over
-    private readonly long _deadline;
-    private readonly string _late; // HAProxy's letters of the two
-    private readonly string _stopped;
-    private string? _end; // one of them, or "" when it came in time: whoever is first
+    internal Socket? Socket { get; private protected set; } = socket; // not owned
+    internal CloseReason Late { get; set; } = CloseReason.ConnectTimeout;
 
-    internal Patience(Socket socket, TimeSpan time, string late, string stopped)
+    /// <summary>What was waited for has happened. Null, or why the socket was closed before.</summary>
+    internal CloseReason? Done()
     {
-        (_socket, _late, _stopped) = (socket, late, stopped);
-        _deadline = time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
-        Sweep.Add(this);
+        Sweep.Remove(this);
+        return Interlocked.CompareExchange(ref _end, CloseReason.Done, null);
     }
-
-    public void Dispose() => Sweep.Remove(this);
-
-    /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
-    /// closed before.</summary>
-    internal Refusal? End(Refusal? refusal, string lateWords) =>
-        Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
-        : new Refusal(end, end == _late ? lateWords : "shutdown");
 
     internal override bool Check(long now)
     {
-        if (now >= _deadline)
+        if (now >= deadline)
         {
-            Close(_late);
+            End(Late);
         }
 
         return true;
     }
 
-    internal override void Stop() => Close(_stopped);
+    internal override void Stop() => End(stopped);
 
-    private void Close(string end)
+    private protected void End(CloseReason reason)
     {
-        if (Interlocked.CompareExchange(ref _end, end, null) is null)
+        if (Interlocked.CompareExchange(ref _end, reason, null) is null)
         {
-            _socket.Close(0); // a reset, which also makes the pending receive or send end
+            Sweep.Remove(this);
+            Socket?.Close(0); // a reset, which also makes the pending connect, receive or send end
         }
     }
 }
@@ -4582,38 +4330,37 @@ internal sealed class FirstBytes : IDisposable
     }
 
     /// <summary>Null when all that was asked for has come.</summary>
-    internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
+    internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
-        using Patience patience = new(client, time, "cR", "KR");
-        Refusal? refusal;
+        Patience patience = new(client, Watched.Deadline(time), CloseReason.StoppedReading);
+        patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
+        Sweep.Add(patience);
+        CloseReason? refusal = null;
         try
         {
             await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
-            do
+            while (refusal is null && (isHeader || isHello))
             {
                 Grow();
                 int length = await client.ReceiveAsync(_buffer.AsMemory(_end), SocketFlags.None);
                 _end += length;
-                refusal = Understand(ref isHeader, ref isHello);
-                if (refusal is null && (isHeader || isHello))
-                {
-                    refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
-                        : _end >= Most ? new("PR", $"{What(isHeader)} too long") : null;
-                }
+                refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
+                    : Understand(ref isHeader, ref isHello)
+                    ?? (_end >= Most && (isHeader || isHello) ? new("PR", $"{What(isHeader)} too long") : null);
+                patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
             }
-            while (refusal is null && (isHeader || isHello));
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
             refusal = new("CR", "client reset");
         }
 
-        return patience.End(refusal, $"no {What(isHeader)} in time");
+        return patience.Done() ?? refusal;
     }
 
     private static string What(bool isHeader) => isHeader ? "PROXY header" : "TLS hello";
 
-    private Refusal? Understand(ref bool isHeader, ref bool isHello)
+    private CloseReason? Understand(ref bool isHeader, ref bool isHello)
     {
         if (isHeader)
         {
@@ -4621,7 +4368,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new Refusal("PR", wrong);
+                return new CloseReason("PR", wrong);
             }
 
             (Source, Destination) = (source, destination);
@@ -4659,20 +4406,21 @@ internal sealed class FirstBytes : IDisposable
     }
 
     /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
-    internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
+    internal async Task<CloseReason?> SendAsync(Socket target, int length, TimeSpan time)
     {
-        using Patience patience = new(target, time, "sC", "KC");
-        Refusal? refusal = null;
+        Patience patience = new(target, Watched.Deadline(time), CloseReason.StoppedConnecting);
+        Sweep.Add(patience);
+        CloseReason? failure = null;
         try
         {
             await target.SendAsync(_buffer.AsMemory(_start, length), SocketFlags.None);
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            refusal = new("SD", "upstream reset");
+            failure = CloseReason.UpstreamReset;
         }
 
-        return patience.End(refusal, "connect timeout");
+        return patience.Done() ?? failure;
     }
 }
 
@@ -4680,6 +4428,63 @@ internal sealed class FirstBytes : IDisposable
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
+
+/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
+/// words. An orderly end closes with FIN, any other resets both sides.</summary>
+internal sealed class CloseReason(
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+{
+    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
+    internal static readonly CloseReason ClientReset = new("CD", "client reset");
+    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
+    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
+    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
+    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
+    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
+    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
+    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
+    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
+    internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
+    internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
+    internal static readonly CloseReason HelloTimeout = new("cR", "no TLS hello in time");
+    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
+    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
+    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
+    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
+    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
+    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
+    internal static readonly CloseReason NoServer = new("SC", "no server");
+    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
+    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
+    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
+    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
+    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+    internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
+    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
+
+    /// <summary>The failure is this server's, so another may do better.</summary>
+    internal bool IsWorthRetry { get; } = isWorthRetry;
+
+    /// <summary>What nobody expected: a defect of ours.</summary>
+    internal Exception? Error { get; } = error;
+
+    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
+        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
+        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
+        : OfServer(Text.Reason(error));
+
+    /// <summary>What is the server's fault, in so many words.</summary>
+    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
+}
 
 internal enum LogFormat
 {
@@ -5055,6 +4860,10 @@ internal sealed class Log : IDisposable
 internal abstract class Watched
 {
     internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
+
+    /// <summary>When what begins now has taken <paramref name="time"/> (TickCount64); never for zero.</summary>
+    internal static long Deadline(TimeSpan time) =>
+        time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
 
     /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed. False when nothing
     /// has happened since the last time.</summary>
@@ -6180,6 +5989,19 @@ internal static class Text
         int index = Array.IndexOf(words, word);
         return index >= 0 ? index : throw new FormatException($"unknown {what} '{word}'; "
             + (Nearest(word, words) is { } near ? $"did you mean '{near}'?" : $"it is one of {string.Join(", ", words)}"));
+    }
+
+    /// <summary>Says in front of what is wrong where it stands.</summary>
+    internal static void At(string where, Action read)
+    {
+        try
+        {
+            read();
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{where}: {e.Message}");
+        }
     }
 
     /// <summary>Text with the escapes \n \r \t \\ and \xNN, as bytes.</summary>

@@ -26,6 +26,8 @@ public sealed class UsageTests : EndToEndTest
         { "127.0.0.1:0 echo --balance lestconn", ["--balance: unknown policy", "did you mean 'leastconn'?"] },
         { "127.0.0.1:0 echo wieght=3", ["UPSTREAM: unknown setting 'wieght'", "did you mean 'weight'?"] },
         { "127.0.0.1:0 echo --check-send \\q", ["--check-send: ", "backslash"] },
+        { "127.0.0.1:0 echo --check-send PING", ["--check-send: ", "--check TIME"] },
+        { "-l 127.0.0.1:0 -u echo --check-expect PONG --check-rise 1", ["--check-expect: ", "--check TIME"] },
         { "127.0.0.1:0 echo --idle-timeout banana", ["--idle-timeout: ", "banana"] },
         { "127.0.0.1:0 echo --idle-timeout 5parsecs", ["--idle-timeout: ", "5parsecs"] },
         { "127.0.0.1:0 echo --idle-timeout=-5s", ["--idle-timeout: ", "-5s"] },
