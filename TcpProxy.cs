@@ -142,22 +142,16 @@ internal static class Program
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
         Proxy proxy = new(settings);
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
+        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
+        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 ? null
-            : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Reload);
+            : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
-        void Stop(PosixSignalContext context)
+        void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            proxy.Stop();
-        }
-
-        void Reload(PosixSignalContext context)
-        {
-            context.Cancel = true;
-            proxy.Reload();
+            (context.Signal == PosixSignal.SIGHUP ? (Action)proxy.Reload : proxy.Stop)();
         }
     }
 
@@ -441,7 +435,7 @@ internal readonly struct Setting(Option option, string value, string where)
         {
             settings.Where = Where;
             Option.Apply(settings, route, _value);
-            if (Option.Group is "limits" or "balance")
+            if (Option.Group is "balance" or "limits")
             {
                 route.Explained[Option.Name] = _value;
             }
@@ -1447,9 +1441,9 @@ internal sealed class ExplainQuery
     {
         int at = text.IndexOf('@', StringComparison.Ordinal);
         _who = at < 0 ? text : text[..at];
-        _utc = at < 0 ? DateTime.UtcNow : Units.ParseMoment(text[(at + 1)..]);
         _client = Network.Parse(_who).IsUnix ? null : IPAddress.TryParse(_who, out IPAddress? address) ? new IPEndPoint(address, 0)
             : throw new FormatException($"'{_who}' is a network; one address is asked for");
+        _utc = at < 0 ? DateTime.UtcNow : Units.ParseMoment(text[(at + 1)..]);
     }
 
     internal string Answer(Settings settings)
@@ -1459,14 +1453,11 @@ internal sealed class ExplainQuery
         foreach (RouteSettings route in settings.Routes)
         {
             Verdict verdict = route.Access.Judge(_client, _utc);
-            text.Append($"\nroute {route.Title}\n  {(verdict.IsAllowed ? "allowed" : "denied")}: {verdict.Origin}\n");
+            text.Append($"\nroute {route.Title}\n  {(verdict.IsAllowed ? "allowed" : "denied")}: {verdict.Words}\n");
             if (verdict.IsAllowed)
             {
-                string balance = route.Explained.GetValueOrDefault("balance", Option.Find("balance")!.Default);
-                List<UpstreamPool> pools = new Route(route, new ConnectionLimit(0, null), silent).Pools;
-                text.AppendJoin("", pools.ConvertAll(pool => $"  {pool.Explain(_client)} (--balance {balance})\n"));
-                text.AppendJoin("", Array.ConvertAll<KeyValuePair<string, string>, string>([.. route.Explained], pair =>
-                    pair.Key == "balance" ? "" : $"  limit: --{pair.Key} {pair.Value}\n"));
+                new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(pool => text.Append($"  {pool.Explain(_client)}\n"));
+                Array.ForEach([.. route.Explained], pair => text.Append($"  --{pair.Key} {pair.Value}\n"));
             }
         }
 
@@ -1858,53 +1849,44 @@ internal readonly struct Verdict(bool isAllowed, AccessRule? rule, int line)
 {
     internal bool IsAllowed { get; } = isAllowed;
 
-    /// <summary>The rule that has decided, with the line of its file.</summary>
-    internal string Words => rule is null ? Origin : $"rule {(rule.IsAllow ? "allow" : "deny")} {rule.Describe(line)}";
-
-    /// <summary>The same, and where it was typed.</summary>
-    internal string Origin => rule is not null ? $"{rule.Where} {rule.Describe(line)}"
-        : IsAllowed ? "no rule matches" : "no allow rule matches";
+    /// <summary>The rule that has decided, where it was typed, and the line of its file.</summary>
+    internal string Words => rule is not null ? rule.Describe(line) : IsAllowed ? "no rule matches" : "no allow rule matches";
 }
 
 /// <summary>One --allow or --deny.</summary>
 internal sealed class AccessRule
 {
-    private readonly string _text; // as it was typed
+    private readonly string _words; // as it was typed
     private readonly AccessFile? _file;
-    private readonly AccessList[] _own = []; // where there is no file
+    private readonly List<AccessList> _own = []; // where there is no file
     private readonly Schedule? _schedule; // of all that stands in the file
 
     /// <summary>Files that other rules have read stand in <paramref name="files"/>, by their paths.</summary>
     /// <exception cref="FormatException">it is no rule, or its file is wrong</exception>
     internal AccessRule(bool isAllow, string text, string where, Dictionary<string, AccessFile> files)
     {
-        (IsAllow, _text, Where) = (isAllow, text.Trim(), where);
-        if (!_text.StartsWith('@'))
+        (IsAllow, _words) = (isAllow, $"rule {where} {text}");
+        if (text.StartsWith('@'))
         {
-            List<AccessList> lists = [];
-            AccessList.Add(lists, Encoding.UTF8.GetBytes(_text), 1);
-            _own = [.. lists];
-            return;
+            string[] words = text.Split(' ', 2);
+            string path = Text.FileName(words[0][1..]);
+            _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
+            _file = files.TryGetValue(path, out AccessFile? known) ? known : files[path] = new AccessFile(path);
         }
-
-        string[] words = _text.Split(' ', 2);
-        string path = Text.FileName(words[0][1..]);
-        _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
-        if (!files.TryGetValue(path, out _file))
+        else
         {
-            files[path] = _file = new AccessFile(path);
+            AccessList.Add(_own, Encoding.UTF8.GetBytes(text), 1);
         }
     }
 
     internal bool IsAllow { get; }
-    internal string Where { get; }
 
     /// <summary>The number of a line that matches, 0 for none.</summary>
     internal int Find(in Network client, DateTime utc)
     {
         int line = 0;
-        AccessList[] lists = _schedule?.Holds(utc) == false ? [] : _file?.Lists ?? _own;
-        for (int i = 0; i < lists.Length && line == 0; i++)
+        List<AccessList> lists = _schedule?.Holds(utc) == false ? [] : _file?.Lists ?? _own;
+        for (int i = 0; i < lists.Count && line == 0; i++)
         {
             line = lists[i].Find(client, utc);
         }
@@ -1912,7 +1894,7 @@ internal sealed class AccessRule
         return line;
     }
 
-    internal string Describe(int line) => _file is null ? _text : $"{_text} ({_file.Path}:{Text.Of(line)})";
+    internal string Describe(int line) => _file is null ? _words : $"{_words} ({_file.Path}:{Text.Of(line)})";
 }
 
 /// <summary>The networks of a rule or a file that hold at the same times.</summary>
@@ -1971,19 +1953,17 @@ internal sealed class AccessList(string when)
     }
 }
 
-/// <summary>A list in a file: one rule a line, # starts a comment. It is read again when it has changed, or somebody says so;
-/// while it is wrong the old list stays.</summary>
+/// <summary>A list in a file: one rule a line, # starts a comment. It is read again when it has changed and then rested for
+/// a moment, or when somebody says so; while it is wrong the old list stays.</summary>
 internal sealed class AccessFile
 {
     private const int Pause = 1000; // ms between two looks
-    private const int Patience = 5; // looks until one that changes again and again is read
     private const int Largest = 128 << 20; // bytes
 
     private readonly Lock _gate = new();
-    private AccessList[] _lists;
-    private long _read; // its state when it was read; under the gate, as below
-    private long _seen; // its state at the last look
-    private int _looks; // since it was read
+    private List<AccessList> _lists; // replaced as a whole
+    private long _read; // its state when it was read
+    private long _seen; // and at the last look
 
     /// <exception cref="FormatException">it cannot be read, or is wrong</exception>
     internal AccessFile(string path)
@@ -1994,7 +1974,7 @@ internal sealed class AccessFile
     }
 
     internal string Path { get; }
-    internal AccessList[] Lists => Volatile.Read(ref _lists);
+    internal List<AccessList> Lists => Volatile.Read(ref _lists);
 
     /// <summary>Looks after them for ever, on threads that may block.</summary>
     internal static async Task WatchAsync(AccessFile[] files, Log log)
@@ -2010,7 +1990,7 @@ internal sealed class AccessFile
     {
         lock (_gate)
         {
-            (_read, _looks) = (State(), 0);
+            _read = State();
             try
             {
                 Volatile.Write(ref _lists, Read());
@@ -2025,24 +2005,20 @@ internal sealed class AccessFile
 
     private void Look(Log log)
     {
-        lock (_gate)
+        long state = State();
+        if (state == _seen && state != _read) // else whoever writes it may not be done
         {
-            long state = State();
-            _looks = state == _read ? 0 : _looks + 1;
-            if (state != _read && (state == _seen || _looks == Patience)) // else whoever writes it may not be done
-            {
-                Reload(log);
-            }
-
-            _seen = state;
+            Reload(log);
         }
+
+        _seen = state;
     }
 
     /// <summary>When it was written, and its length, as one number.</summary>
     private long State() =>
         new FileInfo(Path) is { Exists: true } file ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
 
-    private AccessList[] Read()
+    private List<AccessList> Read()
     {
         List<AccessList> lists = [];
         ReadOnlySpan<byte> text = WholeFile.Read(Path, Largest);
@@ -2067,7 +2043,7 @@ internal sealed class AccessFile
         }
 
         lists.ForEach(list => list.Sort());
-        return [.. lists];
+        return lists;
     }
 }
 
@@ -3212,15 +3188,15 @@ internal sealed class UpstreamPool
         }
     }
 
-    /// <summary>--explain: the server that a client would get while all are up and idle, as far as no name need be looked up.</summary>
+    /// <summary>--explain: the server that a client would get, as far as no name need be looked up.</summary>
     internal string Explain(EndPoint? client)
     {
+        string names = _upstreams[0].Config.ServerNames is { } list ? $" for {string.Join(',', list)}" : "";
         string all = string.Join(", ", Array.ConvertAll(_upstreams, upstream => upstream.Title
             + (upstream.Config.Weight == 1 ? "" : $" weight={upstream.Config.Weight}") + (upstream.Config.IsBackup ? " backup" : "")));
-        string names = string.Join(',', _upstreams[0].Config.ServerNames ?? []);
-        Server? server = _resolvers.Length > 0 ? null
-            : BalancerOf(0).TryTake(Maglev.Hash(client), null, Environment.TickCount64, out _);
-        return (names.Length == 0 ? "" : $"TLS name {names}: ") + (server is null ? $"servers: {all}" : $"server: {server.Title} of {all}");
+        Server? server = _resolvers.Length > 0 ? null : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
+        string why = _settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
+        return $"server{names}: {(server is null ? "not known without a look-up" : $"{server.Title}, {why}")}, of {all}";
     }
 
     private Balancer BalancerOf(int portIndex)
