@@ -1959,9 +1959,10 @@ internal sealed class AccessFile
 {
     private const int Pause = 1000; // ms between two looks
     private const int Largest = 128 << 20; // bytes
+    private const int Large = 1 << 20; // worth a collection of what reading it has left, and of the list before
 
     private readonly Lock _gate = new();
-    private List<AccessList> _lists; // replaced as a whole
+    private List<AccessList> _lists = []; // replaced as a whole
     private long _read; // its state when it was read
     private long _seen; // and at the last look
 
@@ -1970,7 +1971,7 @@ internal sealed class AccessFile
     {
         Path = path;
         _read = State();
-        _lists = Read();
+        Read();
     }
 
     internal string Path { get; }
@@ -1993,7 +1994,7 @@ internal sealed class AccessFile
             _read = State();
             try
             {
-                Volatile.Write(ref _lists, Read());
+                Read();
                 log.Event(LogLevel.Info, "list", $"{Path}: read again");
             }
             catch (FormatException e)
@@ -2018,7 +2019,7 @@ internal sealed class AccessFile
     private long State() =>
         new FileInfo(Path) is { Exists: true } file ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
 
-    private List<AccessList> Read()
+    private void Read()
     {
         List<AccessList> lists = [];
         ReadOnlySpan<byte> text = WholeFile.Read(Path, Largest);
@@ -2043,7 +2044,11 @@ internal sealed class AccessFile
         }
 
         lists.ForEach(list => list.Sort());
-        return lists;
+        Volatile.Write(ref _lists, lists);
+        if (text.Length > Large)
+        {
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true); // while all is quiet nobody would
+        }
     }
 }
 
