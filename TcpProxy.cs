@@ -673,16 +673,15 @@ internal static class CommandLine
         }
 
         int head = firstListen < 0 ? typed.Count : firstListen;
-        Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
+        List<Setting> access = typed[..head].FindAll(setting => setting.Option.Group == "access");
+        Build(settings, defaults, [.. access, .. filed]); // first, for of those the first that matches wins
         if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        defaults.Access.AddFirst();
-        settings.Routes.ForEach(route => route.Access.AddFirst());
-        foreach (Setting setting in typed[..head])
+        foreach (Setting setting in typed[..head].FindAll(setting => setting.Option.Group != "access"))
         {
             setting.Apply(settings, defaults);
             settings.Routes.ForEach(route => setting.Apply(settings, route));
@@ -1791,32 +1790,20 @@ internal static class Exhaustion
 // Who may connect: who and when, how many at once and how many in a while, in all and from one address. Refusing is cheap,
 // and said only so often: nobody may fill a log by being refused.
 //
-// Rules are matched in order, and the first that matches decides. The lines of a file are grouped by when they hold:
-//
-//     AccessRules ---> AccessRule ----------------------> AccessList ---> Schedule, and Networks to search
-//     of a route       allow or deny                          ^
-//                         '------> AccessFile, read again ----' one for each schedule
+// AccessRules of a route are matched in order, and the first that matches decides. An AccessRule has AccessLists of its own
+// or those of its AccessFile: one for all networks that hold at the same times, which have one Schedule.
 
 /// <summary>The rules of a route, and what they say.</summary>
 internal sealed class AccessRules
 {
-    private List<AccessRule> _rules = [];
-    private int _next; // where the next one goes
+    private AccessRule[] _rules = [];
 
     internal bool ClosesAtWindowEnd { get; set; }
-    internal bool IsEmpty => _rules.Count == 0;
+    internal bool IsEmpty => _rules.Length == 0;
 
-    internal AccessRules Clone()
-    {
-        AccessRules copy = (AccessRules)MemberwiseClone();
-        copy._rules = [.. _rules];
-        return copy;
-    }
+    internal AccessRules Clone() => (AccessRules)MemberwiseClone();
 
-    internal void Add(AccessRule rule) => _rules.Insert(_next++, rule);
-
-    /// <summary>Those that are added from now on stand before those that there are: the command line wins over the file.</summary>
-    internal void AddFirst() => _next = 0;
+    internal void Add(AccessRule rule) => _rules = [.. _rules, rule];
 
     /// <summary>nginx's meaning, but for clients whom no rule names: where some are allowed, others are not.</summary>
     internal Verdict Judge(EndPoint? client, DateTime utc)
@@ -1868,7 +1855,7 @@ internal sealed class AccessRule
         (IsAllow, _words) = (isAllow, $"rule {where} {text}");
         if (text.StartsWith('@'))
         {
-            string[] words = text.Split(' ', 2);
+            string[] words = text.Split((char[])[' ', '\t'], 2);
             string path = Text.FileName(words[0][1..]);
             _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
             _file = files.TryGetValue(path, out AccessFile? known) ? known : files[path] = new AccessFile(path);
@@ -1933,16 +1920,9 @@ internal sealed class AccessList(string when)
     /// <summary>Before anybody searches. Networks lie within each other or apart, so those within another are not needed.</summary>
     internal void Sort()
     {
-        Network? widest = null;
+        Network? widest = null; // so far
         _networks.Sort();
-        _networks.RemoveAll(IsCovered);
-
-        bool IsCovered(Network network)
-        {
-            bool isCovered = widest?.Has(network) == true;
-            widest = isCovered ? widest : network;
-            return isCovered;
-        }
+        _networks.RemoveAll(network => widest?.Has(network) == true || (widest = network) is null);
     }
 
     /// <summary>The line of the widest network that has the client, 0 for none.</summary>
@@ -2110,12 +2090,11 @@ internal sealed class Schedule
     private static int DaysOf(string text)
     {
         string[] ends = text.Split('-', 2);
-        int day = Text.ParseWord(ends[0], "day", Days);
         int last = Text.ParseWord(ends[^1], "day", Days);
-        int days = 1 << day;
-        for (; day != last; days |= 1 << day)
+        int days = 1 << last;
+        for (int day = Text.ParseWord(ends[0], "day", Days); day != last; day = (day + 1) % 7)
         {
-            day = (day + 1) % 7;
+            days |= 1 << day;
         }
 
         return days;
@@ -6320,16 +6299,15 @@ internal readonly struct Network : IComparable<Network> // 24 bytes: lists may b
 
         int slash = text.IndexOf((byte)'/');
         ReadOnlySpan<byte> host = slash < 0 ? text : text[..slash];
-        int bits = 0;
-        if (!IPAddress.TryParse(host, out IPAddress? address) || !IsPlain(host, address)
-            || (slash >= 0 && !int.TryParse(text[(slash + 1)..], NumberStyles.None, CultureInfo.InvariantCulture, out bits))
-            || bits > BitsOf(address))
+        if (!IPAddress.TryParse(host, out IPAddress? address) || !IsPlain(host, address))
         {
             throw new FormatException(
                 $"'{Encoding.UTF8.GetString(text)}' is not a network; write 10.0.0.0/8, 2001:db8::/32, an address or unix");
         }
 
-        Network network = new(address, slash < 0 ? BitsOf(address) : bits, line);
+        int most = BitsOf(address);
+        int bits = slash < 0 ? most : Units.ParseCount(Encoding.UTF8.GetString(text[(slash + 1)..]), most: most);
+        Network network = new(address, bits, line);
         return (network.First & ~network.Mask) == 0 ? network : throw new FormatException(
             $"'{Encoding.UTF8.GetString(text)}' has bits beyond its prefix; did you mean '{new IPNetwork(address, bits)}'?");
     }
