@@ -8,7 +8,7 @@
 //
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
-//            |                      (2) ConnectionLimit                            |
+//            |                      (2) AccessRules, ConnectionLimit               |
 //            |  --- its words --->      FirstBytes, where a route asks for them    |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
@@ -19,8 +19,9 @@
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection, of the route, of that address, at that rate? In
-//       between, in a route that asks for it, a PROXY header tells who the client is, and a TLS hello whom it wants.
+//   (2) Admission says yes or no: may this client connect, and now? Is there room for one more connection, of the route, of
+//       that address, at that rate? In a route that asks for it a PROXY header tells first who the client is, and a TLS
+//       hello whom it wants.
 //   (3) Names are resolved, and one of the servers that are up is picked as --balance says; where all are full, one waits.
 //   (4) It is dialled, in time; if it does not answer, the next one is, and the client does not notice. It gets a PROXY
 //       header if the route sends one, and the bytes that were read in (2).
@@ -66,7 +67,7 @@
 //    2 OPTIONS     the one table; command line and file to settings; help
 //    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
-//    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
+//    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
@@ -817,6 +818,7 @@ internal static class Help
           times 500ms 5s 10m 1h 7d, bare = seconds; sizes 512 64k 10m 1g, powers of 1024; 0 or off = off
         Signals:
           TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
+          HUP        read the lists of --allow and --deny again
         Exit status:
           0 done, 1 failed at run time, 2 wrong usage or configuration
 
@@ -1310,9 +1312,9 @@ internal sealed class Proxy
             {
                 AddressKind kind = connection.Upstream!.Kind;
                 BridgeSettings settings = route.Settings.Bridge;
-                Bridge bridge = !rules.ClosesAtWindowEnd // (5)
+                Bridge bridge = !route.Settings.Access.ClosesAtWindowEnd // (5)
                     ? new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates)
-                    : new WindowedBridge(rules, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates);
+                    : new WindowedBridge(route.Settings.Access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates);
                 _ = RelayAsync(route, connection, bridge, line);
                 return;
             }
