@@ -3182,7 +3182,8 @@ internal sealed class UpstreamPool
             + (upstream.Config.Weight == 1 ? "" : $" weight={upstream.Config.Weight}") + (upstream.Config.IsBackup ? " backup" : "")));
         Server? server = _resolvers.Length > 0 ? null : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
         string why = _settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
-        return $"server{names}: {(server is null ? "not known without a look-up" : $"{server.Title}, {why}")}, of {all}";
+        string which = server is null ? "not known without a look-up" : $"{server.Title}, {why}";
+        return $"server{names}: {(_upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
     private Balancer BalancerOf(int portIndex)
