@@ -14,8 +14,8 @@ public sealed class PumpTests
     [Fact]
     public void A_receive_that_waits_gives_its_array_back_and_the_loop_rents_another()
     {
-        using ReceiveBuffer buffer = new(4096);
-        Memory<byte> memory = buffer.ForReceive(long.MaxValue);
+        using ReceiveBuffer buffer = new();
+        Memory<byte> memory = buffer.ForReceive(4096);
         Assert.Equal(4096, memory.Length);
         memory.Span[0] = 1; // the runtime's first attempt
         buffer.GiveBackWhileWaiting();
@@ -26,7 +26,7 @@ public sealed class PumpTests
     [Fact]
     public void A_loop_that_has_begun_keeps_the_array()
     {
-        using ReceiveBuffer buffer = new(4096);
+        using ReceiveBuffer buffer = new();
         Memory<byte> memory = buffer.ForReceive(10);
         Assert.Equal(10, memory.Length);
         memory.Span[0] = 1;
@@ -38,8 +38,8 @@ public sealed class PumpTests
     [Fact]
     public void Without_a_first_attempt_the_loop_finds_an_array_as_well()
     {
-        using ReceiveBuffer buffer = new(4096);
-        Memory<byte> memory = buffer.ForReceive(long.MaxValue);
+        using ReceiveBuffer buffer = new();
+        Memory<byte> memory = buffer.ForReceive(4096);
         buffer.GiveBackWhileWaiting();
         OnAnotherThread(() => memory.Span[7] = 7);
         Assert.Equal(7, buffer.Received(8).Span[7]);
@@ -51,10 +51,10 @@ public sealed class PumpTests
         // Many owners and one loop race for the hand-over; were an array given back while the loop writes into it,
         // another owner would rent it and see the mark of a stranger.
         const int Rounds = 20_000;
-        ReceiveBuffer[] buffers = [.. Enumerable.Range(0, 4).Select(_ => new ReceiveBuffer(256))];
+        ReceiveBuffer[] buffers = [.. Enumerable.Range(0, 4).Select(_ => new ReceiveBuffer())];
         for (int round = 0; round < Rounds; round++)
         {
-            Memory<byte>[] memories = [.. buffers.Select(buffer => buffer.ForReceive(long.MaxValue))];
+            Memory<byte>[] memories = [.. buffers.Select(buffer => buffer.ForReceive(256))];
             foreach (Memory<byte> memory in memories)
             {
                 _ = memory.Span.Length;
