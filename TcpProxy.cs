@@ -8,7 +8,7 @@
 //
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
-//            |                      (2) ConnectionLimit                            |
+//            |                      (2) AccessRules, ConnectionLimit               |
 //            |  --- its words --->      FirstBytes, where a route asks for them    |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
@@ -19,8 +19,9 @@
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection, of the route, of that address, at that rate? In
-//       between, in a route that asks for it, a PROXY header tells who the client is, and a TLS hello whom it wants.
+//   (2) Admission says yes or no: may this client connect, and now? Is there room for one more connection, of the route, of
+//       that address, at that rate? In a route that asks for it a PROXY header tells first who the client is, and a TLS
+//       hello whom it wants.
 //   (3) Names are resolved, and one of the servers that are up is picked as --balance says; where all are full, one waits.
 //   (4) It is dialled, in time; if it does not answer, the next one is, and the client does not notice. It gets a PROXY
 //       header if the route sends one, and the bytes that were read in (2).
@@ -69,7 +70,7 @@
 //    2 OPTIONS     the one table; command line and file to settings; help
 //    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
-//    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
+//    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
 //    8 BRIDGE      ref-counted owner of both sockets; timeouts
@@ -124,6 +125,7 @@ internal static class Program
                 Command.FullHelp => Print(Help.Full()),
                 Command.Version => Print($"tcpproxy {Help.Version}\n"),
                 Command.CheckConfig => Print($"configuration is valid: {Text.Count(settings.Routes.Count, "route")}\n"),
+                Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
                 _ => await RunAsync(settings),
@@ -144,14 +146,16 @@ internal static class Program
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
         Proxy proxy = new(settings);
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
+        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
+        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
+        using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 ? null
+            : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
-        void Stop(PosixSignalContext context)
+        void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            proxy.Stop();
+            (context.Signal == PosixSignal.SIGHUP ? (Action)proxy.Reload : proxy.Stop)();
         }
     }
 
@@ -318,6 +322,18 @@ internal sealed class Option(
             "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not all end at once.",
             (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v)),
 
+        new("allow", '\0', "RULE", "access", Scope.Route, "",
+            "Let in those whom RULE names: CIDR, ADDRESS, all, unix or @FILE, then [DAYS] [HH:MM-HH:MM] [ZONE], such as "
+            + "\"10.0.0.0/8 mon-fri 09:00-17:30 Europe/Paris\". The first rule that matches decides. Where none does, a client "
+            + "is refused if there is any --allow. A FILE has one rule a line; it is read again when it changes, and on HUP.",
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFiles))),
+        new("deny", '\0', "RULE", "access", Scope.Route, "",
+            "Refuse those whom RULE names. It is written as for --allow, and has its place among those rules.",
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFiles))),
+        new("close-at-window-end", '\0', "", "access", Scope.Route, "",
+            "Reset connections whose clients the rules no longer let in. They are looked at when the minute turns.",
+            (_, r, _) => r.Access.ClosesAtWindowEnd = true),
+
         new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
             "End a connection in which nothing has moved for TIME.",
             (_, r, v) => r.Bridge.IdleTimeout = Units.ParseTime(v)),
@@ -355,6 +371,10 @@ internal sealed class Option(
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
+        new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
+            "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
+            + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
+            (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v))),
         new("drain-timeout", '\0', "TIME", "run", Scope.Process, "30s",
             "On TERM or INT stop accepting and let connections finish for up to TIME. A second signal ends at once.",
             (s, _, v) => s.DrainTimeout = Units.ParseTime(v)),
@@ -412,7 +432,15 @@ internal sealed class Setting(Option option, string value, string where)
     /// <summary>The same with one more word.</summary>
     internal Setting With(string word) => new(Option, $"{value} {word}", Where);
 
-    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () => Option.Apply(settings, route, value));
+    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () =>
+    {
+        settings.Where = Where;
+        Option.Apply(settings, route, value);
+        if (Option.Group is "balance" or "limits")
+        {
+            route.Explained[Option.Name] = value;
+        }
+    });
 
     internal FormatException Wrong(string what) => new($"{Where}: {what}");
 }
@@ -449,7 +477,7 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig)
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -630,14 +658,15 @@ internal static class CommandLine
             throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
         }
 
-        Build(settings, defaults, filed);
+        List<Setting> access = head.FindAll(setting => setting.Option.Group == "access");
+        Build(settings, defaults, [.. access, .. filed]); // first, for of those the first that matches wins
         if (settings.ConfigFile is not null && head.Exists(setting => setting.Option.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        foreach (Setting setting in head)
+        foreach (Setting setting in head.FindAll(setting => setting.Option.Group != "access"))
         {
             setting.Apply(settings, defaults);
             settings.Routes.ForEach(route => setting.Apply(settings, route));
@@ -727,15 +756,11 @@ internal static class CommandLine
     {
         try
         {
-            using FileStream stream = new(file, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, bufferSize: 0);
-            byte[] bytes = new byte[LargestFile + 1];
-            int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
-            return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length).TrimStart('\ufeff')
-                : throw new FormatException($"--config: {file} is larger than {LargestFile >> 20} MB");
+            return Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile));
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (FormatException e)
         {
-            throw new FormatException($"--config: cannot read {file}: {Text.Reason(e)}");
+            throw new FormatException($"--config: {e.Message}");
         }
     }
 }
@@ -771,6 +796,7 @@ internal static class Help
           times 500ms 5s 10m 1h 7d, bare = seconds; sizes 512 64k 10m 1g, powers of 1024; 0 or off = off
         Signals:
           TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
+          HUP        read the lists of --allow and --deny again
         Exit status:
           0 done, 1 failed at run time, 2 wrong usage or configuration
 
@@ -842,6 +868,7 @@ internal enum Command
     FullHelp,
     Version,
     CheckConfig,
+    Explain,
     WaitFor,
 }
 
@@ -852,7 +879,10 @@ internal sealed class Settings
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal ExplainQuery? Explain { get; set; }
     internal List<RouteSettings> Routes { get; } = [];
+    internal Dictionary<string, AccessFile> AccessFiles { get; } = []; // of all routes, by their paths
+    internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
@@ -870,6 +900,8 @@ internal sealed class RouteSettings
     internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
     internal LimitSettings Limits { get; private set; } = new();
+    internal AccessRules Access { get; private set; } = new();
+    internal Dictionary<string, string> Explained { get; private set; } = []; // what was typed of limits and balance
     internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -883,6 +915,8 @@ internal sealed class RouteSettings
         RouteSettings copy = (RouteSettings)MemberwiseClone();
         copy.Upstreams = [.. Upstreams];
         copy.Limits = Limits.Clone();
+        copy.Access = Access.Clone();
+        copy.Explained = new Dictionary<string, string>(Explained);
         copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
@@ -1057,6 +1091,7 @@ internal sealed class Proxy
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
             _pools.ForEach(pool => pool.StartChecks());
+            _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
             await _stopping.Task;
             await DrainAsync();
         }
@@ -1081,6 +1116,9 @@ internal sealed class Proxy
 
         _stopping.TrySetResult();
     }
+
+    /// <summary>Reads again what others write: the lists of access rules.</summary>
+    internal void Reload() => Array.ForEach([.. _settings.AccessFiles.Values], file => file.Reload(_log));
 
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
@@ -1207,7 +1245,9 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            reason = route.TryEnter(); // (2)
+            AccessRules rules = route.Settings.Access; // (2)
+            reason = rules.IsEmpty || route.Settings.Preread.IsSender(line.Client) ? null : rules.Refuse(line.Client);
+            reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line is { } queue)
             {
                 reason = await queue.EnterAsync(route.Limit.TryEnter, client);
@@ -1245,8 +1285,11 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, // (5)
-                    line.BytesUp, route.Rates);
+                AddressKind kind = connection.Upstream!.Kind;
+                BridgeSettings settings = route.Settings.Bridge;
+                Bridge bridge = !route.Settings.Access.ClosesAtWindowEnd // (5)
+                    ? new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates)
+                    : new WindowedBridge(route.Settings.Access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates);
                 _ = RelayAsync(route, connection, bridge, line);
                 return;
             }
@@ -1310,7 +1353,8 @@ internal sealed class Proxy
             first.Destination = client.LocalEndPoint;
         }
 
-        return refusal ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
+        return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1355,6 +1399,43 @@ internal sealed class Proxy
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
         Leave();
+    }
+}
+
+/// <summary>--explain: what would become of a client, and why.</summary>
+internal sealed class ExplainQuery
+{
+    private readonly string _who;
+    private readonly IPEndPoint? _client; // null = it comes by a unix socket
+    private readonly DateTime _utc;
+
+    /// <summary>ADDRESS[@TIME]</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    internal ExplainQuery(string text)
+    {
+        int at = text.IndexOf('@', StringComparison.Ordinal);
+        _who = at < 0 ? text : text[..at];
+        _client = Network.Parse(_who).IsUnix ? null : IPAddress.TryParse(_who, out IPAddress? address) ? new IPEndPoint(address, 0)
+            : throw new FormatException($"'{_who}' is a network; one address is asked for");
+        _utc = at < 0 ? DateTime.UtcNow : Units.ParseMoment(text[(at + 1)..]);
+    }
+
+    internal string Answer(Settings settings)
+    {
+        StringBuilder text = new($"client {_who} at {Text.Of(_utc)}\n");
+        using Log silent = new(new LogSettings { Format = LogFormat.Off });
+        foreach (RouteSettings route in settings.Routes)
+        {
+            Verdict verdict = route.Access.Judge(_client, _utc);
+            text.Append($"\nroute {route.Title}\n  {(verdict.IsAllowed ? "allowed" : "denied")}: {verdict.Words}\n");
+            if (verdict.IsAllowed)
+            {
+                new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(pool => text.Append($"  {pool.Explain(_client)}\n"));
+                Array.ForEach([.. route.Explained], pair => text.Append($"  --{pair.Key} {pair.Value}\n"));
+            }
+        }
+
+        return text.ToString();
     }
 }
 
@@ -1681,8 +1762,344 @@ internal static class Exhaustion
 }
 
 // == 5  ADMISSION ===================================================================================================
-// Who may connect: how many at once and how many in a while, in all and from one address. Refusing is cheap, and said only so
-// often: nobody may fill a log by being refused.
+// Who may connect: who and when, how many at once and how many in a while, in all and from one address. Refusing is cheap,
+// and said only so often: nobody may fill a log by being refused.
+//
+// AccessRules of a route are matched in order, and the first that matches decides. An AccessRule has AccessLists of its own
+// or those of its AccessFile: one for all networks that hold at the same times, which have one Schedule.
+
+/// <summary>The rules of a route, and what they say.</summary>
+internal sealed class AccessRules
+{
+    private AccessRule[] _rules = [];
+
+    internal bool ClosesAtWindowEnd { get; set; }
+    internal bool IsEmpty => _rules.Length == 0;
+
+    internal AccessRules Clone() => (AccessRules)MemberwiseClone();
+
+    internal void Add(AccessRule rule) => _rules = [.. _rules, rule];
+
+    /// <summary>nginx's meaning, but for clients whom no rule names: where some are allowed, others are not.</summary>
+    internal Verdict Judge(EndPoint? client, DateTime utc)
+    {
+        Network address = Network.Of(client);
+        bool isAllowed = true;
+        foreach (AccessRule rule in _rules)
+        {
+            int line = rule.Find(address, utc);
+            if (line > 0)
+            {
+                return new Verdict(rule.IsAllow, rule, line);
+            }
+
+            isAllowed &= !rule.IsAllow;
+        }
+
+        return new Verdict(isAllowed, null, 0);
+    }
+
+    /// <summary>Null when the client may connect now.</summary>
+    internal CloseReason? Refuse(EndPoint? client)
+    {
+        Verdict verdict = Judge(client, DateTime.UtcNow);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+    }
+}
+
+internal readonly struct Verdict(bool isAllowed, AccessRule? rule, int line)
+{
+    internal bool IsAllowed { get; } = isAllowed;
+
+    /// <summary>The rule that has decided, where it was typed, and the line of its file.</summary>
+    internal string Words => rule is not null ? rule.Describe(line) : IsAllowed ? "no rule matches" : "no allow rule matches";
+}
+
+/// <summary>One --allow or --deny.</summary>
+internal sealed class AccessRule
+{
+    private readonly string _words; // as it was typed
+    private readonly AccessFile? _file;
+    private readonly List<AccessList> _own = []; // where there is no file
+    private readonly Schedule? _schedule; // of all that stands in the file
+
+    /// <summary>Files that other rules have read stand in <paramref name="files"/>, by their paths.</summary>
+    /// <exception cref="FormatException">it is no rule, or its file is wrong</exception>
+    internal AccessRule(bool isAllow, string text, string where, Dictionary<string, AccessFile> files)
+    {
+        (IsAllow, _words) = (isAllow, $"rule {where} {text}");
+        if (text.StartsWith('@'))
+        {
+            string[] words = text.Split((char[])[' ', '\t'], 2);
+            string path = Text.FileName(words[0][1..]);
+            _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
+            _file = files.TryGetValue(path, out AccessFile? known) ? known : files[path] = new AccessFile(path);
+        }
+        else
+        {
+            AccessList.Add(_own, Encoding.UTF8.GetBytes(text), 1);
+        }
+    }
+
+    internal bool IsAllow { get; }
+
+    /// <summary>The number of a line that matches, 0 for none.</summary>
+    internal int Find(in Network client, DateTime utc)
+    {
+        int line = 0;
+        List<AccessList> lists = _schedule?.Holds(utc) == false ? [] : _file?.Lists ?? _own;
+        for (int i = 0; i < lists.Count && line == 0; i++)
+        {
+            line = lists[i].Find(client, utc);
+        }
+
+        return line;
+    }
+
+    internal string Describe(int line) => _file is null ? _words : $"{_words} ({_file.Path}:{Text.Of(line)})";
+}
+
+/// <summary>The networks of a rule or a file that hold at the same times.</summary>
+internal sealed class AccessList(string when)
+{
+    private const int Most = 100; // lists of a file: each costs every look-up a search
+
+    private readonly string _when = when;
+    private readonly Schedule? _schedule = Schedule.Parse(when);
+    private readonly List<Network> _networks = [];
+
+    /// <summary>WHO [DAYS] [HH:MM-HH:MM] [ZONE], added to the one of <paramref name="lists"/> that it belongs to.</summary>
+    /// <exception cref="FormatException">it is no such line</exception>
+    internal static void Add(List<AccessList> lists, ReadOnlySpan<byte> line, int number)
+    {
+        int blank = line.IndexOfAny((byte)' ', (byte)'\t');
+        ReadOnlySpan<byte> who = blank < 0 ? line : line[..blank];
+        string when = blank < 0 ? "" : Encoding.UTF8.GetString(line[blank..]).Trim();
+        AccessList? list = lists.Find(list => list._when == when);
+        if (list is null)
+        {
+            lists.Add(list = lists.Count < Most ? new AccessList(when)
+                : throw new FormatException($"more than {Most} different times in one file"));
+        }
+
+        if (who.SequenceEqual("all"u8))
+        {
+            list._networks.AddRange(Network.Parse("unix"u8, number), Network.Parse("0.0.0.0/0"u8, number), Network.Parse("::/0"u8, number));
+        }
+        else
+        {
+            list._networks.Add(Network.Parse(who, number));
+        }
+    }
+
+    /// <summary>Before anybody searches. Networks lie within each other or apart, so those within another are not needed.</summary>
+    internal void Sort()
+    {
+        Network? widest = null; // so far
+        _networks.Sort();
+        _networks.RemoveAll(network => widest?.Has(network) == true || (widest = network) is null);
+    }
+
+    /// <summary>The line of the widest network that has the client, 0 for none.</summary>
+    internal int Find(in Network client, DateTime utc)
+    {
+        int next = _schedule?.Holds(utc) == false ? 0 : ~_networks.BinarySearch(client.AfterAll);
+        return next > 0 && _networks[next - 1].Has(client) ? _networks[next - 1].Line : 0;
+    }
+}
+
+/// <summary>A list in a file: one rule a line, # starts a comment. It is read again when it has changed and then rested for
+/// a moment, or when somebody says so; while it is wrong the old list stays.</summary>
+internal sealed class AccessFile
+{
+    private const int Pause = 1000; // ms between two looks
+    private const int Largest = 128 << 20; // bytes
+    private const int Large = 1 << 20; // worth a collection of what reading it has left, and of the list before
+
+    private readonly Lock _gate = new();
+    private List<AccessList> _lists = []; // replaced as a whole
+    private long _read; // its state when it was read
+    private long _seen; // and at the last look
+
+    /// <exception cref="FormatException">it cannot be read, or is wrong</exception>
+    internal AccessFile(string path)
+    {
+        Path = path;
+        _read = State();
+        Read();
+    }
+
+    internal string Path { get; }
+    internal List<AccessList> Lists => Volatile.Read(ref _lists);
+
+    /// <summary>Looks after them for ever, on threads that may block.</summary>
+    internal static async Task WatchAsync(AccessFile[] files, Log log)
+    {
+        while (files.Length > 0)
+        {
+            await Task.Delay(Pause);
+            Array.ForEach(files, file => file.Look(log));
+        }
+    }
+
+    internal void Reload(Log log)
+    {
+        lock (_gate)
+        {
+            _read = State();
+            try
+            {
+                Read();
+                log.Event(LogLevel.Info, "list", $"{Path}: read again");
+            }
+            catch (FormatException e)
+            {
+                log.Event(LogLevel.Warn, "list", $"{e.Message}; the old list stays");
+            }
+        }
+    }
+
+    private void Look(Log log)
+    {
+        long state = State();
+        if (state == _seen && state != _read) // else whoever writes it may not be done
+        {
+            Reload(log);
+        }
+
+        _seen = state;
+    }
+
+    /// <summary>When it was written, and its length, as one number.</summary>
+    private long State() =>
+        new FileInfo(Path) is { Exists: true } file ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
+
+    private void Read()
+    {
+        List<AccessList> lists = [];
+        ReadOnlySpan<byte> text = WholeFile.Read(Path, Largest);
+        int number = 0;
+        try
+        {
+            foreach (Range range in text.Split((byte)'\n'))
+            {
+                number++;
+                ReadOnlySpan<byte> line = text[range];
+                int comment = line.IndexOf((byte)'#');
+                line = (comment < 0 ? line : line[..comment]).Trim(" \t\r"u8);
+                if (line.Length > 0)
+                {
+                    AccessList.Add(lists, line, number);
+                }
+            }
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{Path}:{Text.Of(number)}: {e.Message}");
+        }
+
+        lists.ForEach(list => list.Sort());
+        Volatile.Write(ref _lists, lists);
+        if (text.Length > Large)
+        {
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true); // while all is quiet nobody would
+        }
+    }
+}
+
+/// <summary>When a rule holds: on some days, between two times of the day, by the clocks of a zone. A window that passes midnight
+/// belongs to the day on which it begins. What clocks show twice in a night is in the window twice, what they skip is not.</summary>
+internal sealed class Schedule
+{
+    private const int Midnight = 24 * 60; // minutes
+    private static readonly string[] Days = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"];
+
+    private readonly TimeZoneInfo _zone = TimeZoneInfo.Local;
+    private readonly int _days = (1 << 7) - 1; // bit 0 is Sunday's
+    private readonly int _from; // minutes of the day, as below
+    private readonly int _to = Midnight;
+
+    private Schedule(ReadOnlySpan<string> words)
+    {
+        if (words is [var days, ..] && char.IsAsciiLetterLower(days[0]))
+        {
+            _days = 0;
+            foreach (string part in days.Split(','))
+            {
+                _days |= DaysOf(part);
+            }
+
+            words = words[1..];
+        }
+
+        if (words is [var window, ..] && char.IsAsciiDigit(window[0]))
+        {
+            (_from, _to) = window.Split('-') is [var from, var to] ? (Minute(from), Minute(to)) : (0, 0);
+            words = _from != _to && _from < Midnight ? words[1..]
+                : throw new FormatException($"'{window}' is not a time window; write 09:00-17:30, or 22:00-06:00 for a night");
+        }
+
+        if (words is [var zone, ..])
+        {
+            _zone = words.Length == 1 && TimeZoneInfo.TryFindSystemTimeZoneById(zone, out TimeZoneInfo? found) ? found
+                : throw new FormatException($"'{string.Join(' ', words!)}' is not known here as days, a time window or a time zone; "
+                    + "write mon-fri 09:00-17:30 Europe/Paris, or some of it");
+        }
+    }
+
+    /// <summary>[DAYS] [HH:MM-HH:MM] [ZONE]. Null when there are no words, which is always.</summary>
+    /// <exception cref="FormatException">it is no such thing</exception>
+    internal static Schedule? Parse(string text) =>
+        text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries) is { Length: > 0 } words ? new Schedule(words) : null;
+
+    internal bool Holds(DateTime utc)
+    {
+        DateTime there = TimeZoneInfo.ConvertTimeFromUtc(utc, _zone);
+        int minute = (there.Hour * 60) + there.Minute;
+        bool isYesterdays = _to < _from && minute < _to;
+        int day = ((int)there.DayOfWeek + (isYesterdays ? 6 : 0)) % 7;
+        return ((_days >> day) & 1) != 0 && (isYesterdays || (minute >= _from && (minute < _to || _to < _from)));
+    }
+
+    /// <summary>mon, or mon-fri; fri-mon goes over the end of the week.</summary>
+    private static int DaysOf(string text)
+    {
+        string[] ends = text.Split('-', 2);
+        int last = Text.ParseWord(ends[^1], "day", Days);
+        int days = 1 << last;
+        for (int day = Text.ParseWord(ends[0], "day", Days); day != last; day = (day + 1) % 7)
+        {
+            days |= 1 << day;
+        }
+
+        return days;
+    }
+
+    private static int Minute(string text) =>
+        text is [>= '0' and <= '2', >= '0' and <= '9', ':', >= '0' and <= '5', >= '0' and <= '9']
+        && ((text[0] - '0') * 600) + ((text[1] - '0') * 60) + ((text[3] - '0') * 10) + text[4] - '0' is int minute and <= Midnight
+            ? minute : throw new FormatException($"'{text}' is not a time of the day; write 09:00-17:30");
+}
+
+/// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks at each turn of the minute.</summary>
+internal sealed class WindowedBridge(
+    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
+    Rates? rates) : Bridge(client, upstream, kind, settings, passed, rates)
+{
+    private int _minute = DateTime.UtcNow.Minute;
+
+    internal override bool Check(long now)
+    {
+        DateTime utc = DateTime.UtcNow;
+        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        {
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+        }
+
+        _minute = utc.Minute;
+        return base.Check(now);
+    }
+}
 
 /// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
@@ -1782,7 +2199,8 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
     internal int TryEnter(EndPoint? client, long now, out CloseReason? refusal)
     {
         refusal = null;
-        if (client is not IPEndPoint { Address: var address })
+        Network address = Network.Of(client);
+        if (address.IsUnix)
         {
             return -1;
         }
@@ -1844,13 +2262,9 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
         return free;
     }
 
-    private ulong Tag(IPAddress address)
+    private ulong Tag(in Network address)
     {
-        Span<byte> bytes = stackalloc byte[16];
-        IPAddress wide = address.MapToIPv6();
-        wide.TryWriteBytes(bytes, out _);
-        int prefix = wide.IsIPv4MappedToIPv6 ? 128 : settings.Ip6Prefix;
-        UInt128 key = BinaryPrimitives.ReadUInt128BigEndian(bytes) & (UInt128.MaxValue << (128 - prefix));
+        UInt128 key = address.First & (UInt128.MaxValue << (address.IsV4 ? 0 : 128 - settings.Ip6Prefix));
         ulong high = Math.BigMul((ulong)(key >> 64) ^ _secret, (ulong)key ^ _otherSecret, out ulong low);
         return high ^ low;
     }
@@ -2647,6 +3061,18 @@ internal sealed class UpstreamPool(
         }
     }
 
+    /// <summary>--explain: the server that a client would get, as far as no name need be looked up.</summary>
+    internal string Explain(EndPoint? client)
+    {
+        string names = upstreams[0].ServerNames is { } list ? $" for {string.Join(',', list)}" : "";
+        string all = string.Join(", ", Array.ConvertAll(upstreams, upstream => upstream.Title
+            + (upstream.Weight == 1 ? "" : $" weight={upstream.Weight}") + (upstream.IsBackup ? " backup" : "")));
+        Server? server = Array.Exists(_resolvers, resolver => resolver is not null) ? null : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
+        string why = settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
+        string which = server is null ? "not known without a look-up" : $"{server.Title}, {why}";
+        return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3157,7 +3583,7 @@ internal sealed class Rates(BridgeSettings settings)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal sealed class Bridge : PumpOwner
+internal class Bridge : PumpOwner
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -3275,7 +3701,7 @@ internal sealed class Bridge : PumpOwner
     }
 
     /// <summary>Closes both sockets for the first reason that was given; whatever pends on them ends.</summary>
-    private void Abort(CloseReason reason)
+    protected void Abort(CloseReason reason)
     {
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
@@ -4237,27 +4663,23 @@ internal static class ServerName
 
 internal sealed class PrereadSettings
 {
-    private const string Unix = "unix";
-
-    private IPNetwork[] _senders = [];
-    private bool _isFromUnix;
+    private Network[] _senders = [];
 
     internal TimeSpan Timeout { get; set; } // zero = off
-    internal bool HasSenders => _isFromUnix || _senders.Length > 0;
+    internal bool HasSenders => _senders.Length > 0;
 
     internal PrereadSettings Clone() => (PrereadSettings)MemberwiseClone();
 
     /// <summary>Who must send a PROXY header: CIDR[,CIDR...], where unix stands for whoever comes by a unix socket.</summary>
     /// <exception cref="FormatException">one is no network</exception>
-    internal void AcceptProxy(string text)
-    {
-        string[] words = text == "off" ? [] : text.Split(',');
-        _isFromUnix = Array.IndexOf(words, Unix) >= 0;
-        _senders = Array.ConvertAll(Array.FindAll(words, word => word != Unix), Network.Parse);
-    }
+    internal void AcceptProxy(string text) =>
+        _senders = Array.ConvertAll(text == "off" ? [] : text.Split(','), Network.Parse);
 
-    internal bool IsSender(EndPoint? client) => client is not IPEndPoint ip ? _isFromUnix
-        : Array.Exists(_senders, network => Network.Has(network, ip.Address));
+    internal bool IsSender(EndPoint? client)
+    {
+        Network address = Network.Of(client);
+        return Array.Exists(_senders, sender => sender.Has(address));
+    }
 }
 
 /// <summary>Closes a socket that is waited for in vain: it is late, or the process ends. Whoever is first says so.</summary>
@@ -5319,9 +5741,28 @@ internal static class Descriptors
     }
 }
 
-/// <summary>Files that others wait for: they appear whole, or not at all.</summary>
+/// <summary>Files that others wait for: they appear whole, or not at all. And those that are read as a whole.</summary>
 internal static class WholeFile
 {
+    /// <summary>Without the mark that Windows' editors put in front.</summary>
+    /// <exception cref="FormatException">it cannot be read, or is larger than <paramref name="most"/></exception>
+    internal static ReadOnlySpan<byte> Read(string path, int most)
+    {
+        try
+        {
+            using FileStream stream = new(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite | FileShare.Delete, bufferSize: 0);
+            byte[] bytes = new byte[stream.CanSeek && stream.Length is > 0 and long size && size < most ? size + 1 : most + 1];
+            int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
+            ReadOnlySpan<byte> text = length < bytes.Length ? bytes.AsSpan(0, length) : throw new FormatException(
+                length > most ? $"{path} is larger than {most >> 20} MB" : $"{path} has grown while it was read");
+            return text.StartsWith("\ufeff"u8) ? text[3..] : text;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new FormatException($"cannot read {path}: {Text.Reason(e)}");
+        }
+    }
+
     /// <summary>True when it is ours to remove: a device such as /dev/stdout is written into, not replaced.</summary>
     internal static bool Write(string path, string text)
     {
@@ -5748,36 +6189,93 @@ internal sealed class UpstreamAddress : Address
     }
 }
 
-/// <summary>Networks as people write them: 10.0.0.0/8, 2001:db8::/32, or one address. IPv4 within IPv6 is IPv4.</summary>
-internal static class Network
+/// <summary>A network; one address, which is a network of itself alone; or all who come by a unix socket. IPv4 stands as
+/// ::ffff:a.b.c.d, however it was written (RFC 4291, 2.5.5.2), and yet apart from IPv6: ::/0 is not about it.</summary>
+internal readonly struct Network : IComparable<Network> // 24 bytes: lists may be long
 {
-    private const int Mapped = 96; // bits in front of the IPv4 address in ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
+    private const int Mapped = 96; // bits in front of the IPv4 address
+    private const byte V4 = 4; // families
+    private const byte V6 = 6;
 
-    /// <exception cref="FormatException">it is no network</exception>
-    internal static IPNetwork Parse(string text)
+    private readonly ulong _high;
+    private readonly ulong _low;
+    private readonly byte _bits; // of 128
+    private readonly byte _family; // 0 = unix
+
+    private Network(IPAddress address, int bits, int line)
     {
-        int slash = text.IndexOf('/', StringComparison.Ordinal);
-        string host = slash < 0 ? text : text[..slash];
-        if (!IPAddress.TryParse(host, out IPAddress? address)
-            || (!host.Contains(':', StringComparison.Ordinal) && host.Split('.').Length != 4))
-        {
-            throw new FormatException($"'{text}' is not a network; write 10.0.0.0/8, 2001:db8::/32 or an address");
-        }
-
-        int bits = address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
-        int prefix = slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits);
-        if (address.IsIPv4MappedToIPv6 && prefix >= Mapped)
-        {
-            (address, prefix) = (address.MapToIPv4(), prefix - Mapped);
-        }
-
-        IPNetwork network = new(address, prefix);
-        return network.BaseAddress.Equals(address) ? network
-            : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
+        Span<byte> bytes = stackalloc byte[16];
+        bool isShort = BitsOf(address) == 32;
+        bytes.Clear();
+        bytes[10..12].Fill(byte.MaxValue);
+        address.TryWriteBytes(isShort ? bytes[12..] : bytes, out _);
+        (_high, _low) = (BinaryPrimitives.ReadUInt64BigEndian(bytes), BinaryPrimitives.ReadUInt64BigEndian(bytes[8..]));
+        _bits = (byte)(isShort ? Mapped + bits : bits);
+        _family = isShort || (address.IsIPv4MappedToIPv6 && bits >= Mapped) ? V4 : V6;
+        Line = line;
     }
 
-    internal static bool Has(IPNetwork network, IPAddress address) =>
-        network.Contains(address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : address);
+    internal int Line { get; private init; } // of the list that it stands in
+    internal UInt128 First => new(_high, _low);
+    internal bool IsV4 => _family == V4;
+    internal bool IsUnix => _family == 0;
+
+    /// <summary>For a search: it stands behind all that have it.</summary>
+    internal Network AfterAll => this with { Line = int.MaxValue };
+
+    /// <summary>The address of a client.</summary>
+    internal static Network Of(EndPoint? client) => client is not IPEndPoint { Address: var address } ? default
+        : new Network(address, BitsOf(address), 0);
+
+    /// <exception cref="FormatException">it is no network</exception>
+    internal static Network Parse(string text) => Parse(Encoding.UTF8.GetBytes(text), 0);
+
+    /// <summary>10.0.0.0/8, 2001:db8::/32, an address, or unix.</summary>
+    /// <exception cref="FormatException">it is none of them</exception>
+    internal static Network Parse(ReadOnlySpan<byte> text, int line)
+    {
+        if (text.SequenceEqual("unix"u8))
+        {
+            return new Network { Line = line };
+        }
+
+        int slash = text.IndexOf((byte)'/');
+        ReadOnlySpan<byte> host = slash < 0 ? text : text[..slash];
+        if (!IPAddress.TryParse(host, out IPAddress? address) || !IsPlain(host, address))
+        {
+            throw new FormatException(
+                $"'{Encoding.UTF8.GetString(text)}' is not a network; write 10.0.0.0/8, 2001:db8::/32, an address or unix");
+        }
+
+        int most = BitsOf(address);
+        int bits = slash < 0 ? most : Units.ParseCount(Encoding.UTF8.GetString(text[(slash + 1)..]), most: most);
+        Network network = new(address, bits, line);
+        return (network.First & ~network.Mask) == 0 ? network : throw new FormatException(
+            $"'{Encoding.UTF8.GetString(text)}' has bits beyond its prefix; did you mean '{new IPNetwork(address, bits)}'?");
+    }
+
+    internal bool Has(in Network other) =>
+        _family == other._family && _bits <= other._bits && ((First ^ other.First) & Mask) == 0;
+
+    /// <summary>In the order of their first addresses; a network stands before those within it, and of two that are the same
+    /// the one of the earlier line.</summary>
+    public int CompareTo(Network other) =>
+        _family != other._family ? _family.CompareTo(other._family)
+        : _high != other._high ? _high.CompareTo(other._high)
+        : _low != other._low ? _low.CompareTo(other._low)
+        : _bits != other._bits ? _bits.CompareTo(other._bits) : Line.CompareTo(other.Line);
+
+    private UInt128 Mask => _bits == 0 ? 0 : UInt128.MaxValue << (128 - _bits);
+
+    private static int BitsOf(IPAddress address) => address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
+
+    /// <summary>Not 10.1, and not 010.0.0.1, which is 8.0.0.1 to some; without brackets and zone.</summary>
+    private static bool IsPlain(ReadOnlySpan<byte> host, IPAddress address)
+    {
+        Span<byte> text = stackalloc byte[16];
+        return host.Contains((byte)':') ? host.IndexOfAny((byte)'[', (byte)'%') < 0
+            : address.TryFormat(text, out int length) && host.SequenceEqual(text[..length]);
+    }
 }
 
 /// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>
@@ -5824,6 +6322,13 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
+    /// <exception cref="FormatException">there is no such moment</exception>
+    internal static DateTime ParseMoment(string text) =>
+        DateTime.TryParseExact(text, "yyyy-MM-ddTHH:mmK", CultureInfo.InvariantCulture,
+            DateTimeStyles.AssumeLocal | DateTimeStyles.AdjustToUniversal, out DateTime utc) ? utc
+        : throw new FormatException($"'{text}' is not a time; write 2026-11-23T08:30, or 2026-11-23T08:30Z for UTC");
 
     /// <exception cref="FormatException">it is no size, or not between the bounds</exception>
     internal static long ParseSize(string text, long least = 0, long most = 1L << 60)
