@@ -8,7 +8,7 @@
 //
 //      client (downstream)                      proxy                        server (upstream)
 //            |  ---- connects --->  (1) Acceptor                                   |
-//            |                      (2) ConnectionLimit                            |
+//            |                      (2) AccessRules, ConnectionLimit               |
 //            |  --- its words --->      FirstBytes, where a route asks for them    |
 //            |                      (3) UpstreamPool  picks a server               |
 //            |                      (4) Dialer        ---- connects --->           |
@@ -19,8 +19,9 @@
 //                                   (8) one log line, the slot given back
 //
 //   (1) An Acceptor accepts a socket and hands it over. Nothing stops it: out of descriptors it refuses and goes on.
-//   (2) Admission says yes or no: is there room for one more connection, of the route, of that address, at that rate? In
-//       between, in a route that asks for it, a PROXY header tells who the client is, and a TLS hello whom it wants.
+//   (2) Admission says yes or no: may this client connect, and now? Is there room for one more connection, of the route, of
+//       that address, at that rate? In a route that asks for it a PROXY header tells first who the client is, and a TLS
+//       hello whom it wants.
 //   (3) Names are resolved, and one of the servers that are up is picked as --balance says; where all are full, one waits.
 //   (4) It is dialled, in time; if it does not answer, the next one is, and the client does not notice. It gets a PROXY
 //       header if the route sends one, and the bytes that were read in (2).
@@ -69,14 +70,14 @@
 //    2 OPTIONS     the one table; command line and file to settings; help
 //    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
-//    5 ADMISSION   limits on connections: how many, how fast, of the route and of an address
+//    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
 //    7 CONNECT     resolve names, dial addresses
-//    8 BRIDGE      ref-counted owner of both sockets; reasons; timeouts
+//    8 BRIDGE      ref-counted owner of both sockets; timeouts
 //    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 TAPS        what looks into a direction, or changes it
 //   11 PREREAD     PROXY protocol in and out, TLS server name
-//   12 OBSERVE     log lines, written off the data path
+//   12 OBSERVE     log lines, written off the data path; reasons
 //   13 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
@@ -125,6 +126,7 @@ internal static class Program
                 Command.FullHelp => Print(Help.Full()),
                 Command.Version => Print($"tcpproxy {Help.Version}\n"),
                 Command.CheckConfig => Print($"configuration is valid: {Text.Count(settings.Routes.Count, "route")}\n"),
+                Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
                 _ => await RunAsync(settings),
@@ -145,14 +147,16 @@ internal static class Program
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
         Proxy proxy = new(settings);
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
+        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
+        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
+        using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 ? null
+            : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
-        void Stop(PosixSignalContext context)
+        void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            proxy.Stop();
+            (context.Signal == PosixSignal.SIGHUP ? (Action)proxy.Reload : proxy.Stop)();
         }
     }
 
@@ -319,6 +323,18 @@ internal sealed class Option(
             "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not all end at once.",
             (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v)),
 
+        new("allow", '\0', "RULE", "access", Scope.Route, "",
+            "Let in those whom RULE names: CIDR, ADDRESS, all, unix or @FILE, then [DAYS] [HH:MM-HH:MM] [ZONE], such as "
+            + "\"10.0.0.0/8 mon-fri 09:00-17:30 Europe/Paris\". The first rule that matches decides. Where none does, a client "
+            + "is refused if there is any --allow. A FILE has one rule a line; it is read again when it changes, and on HUP.",
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFiles))),
+        new("deny", '\0', "RULE", "access", Scope.Route, "",
+            "Refuse those whom RULE names. It is written as for --allow, and has its place among those rules.",
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFiles))),
+        new("close-at-window-end", '\0', "", "access", Scope.Route, "",
+            "Reset connections whose clients the rules no longer let in. They are looked at when the minute turns.",
+            (_, r, _) => r.Access.ClosesAtWindowEnd = true),
+
         new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
             "End a connection in which nothing has moved for TIME.",
             (_, r, v) => r.Bridge.IdleTimeout = Units.ParseTime(v)),
@@ -356,6 +372,10 @@ internal sealed class Option(
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
+        new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
+            "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
+            + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
+            (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v))),
         new("drain-timeout", '\0', "TIME", "run", Scope.Process, "30s",
             "On TERM or INT stop accepting and let connections finish for up to TIME. A second signal ends at once.",
             (s, _, v) => s.DrainTimeout = Units.ParseTime(v)),
@@ -405,26 +425,23 @@ internal sealed class Option(
 }
 
 /// <summary>An option as it was typed: where (for the message when it is wrong) and with what value.</summary>
-internal readonly struct Setting(Option option, string value, string where)
+internal sealed class Setting(Option option, string value, string where)
 {
     internal Option Option { get; } = option;
-    private readonly string _value = value;
     internal string Where { get; } = where;
 
     /// <summary>The same with one more word.</summary>
-    internal Setting With(string word) => new(Option, $"{_value} {word}", Where);
+    internal Setting With(string word) => new(Option, $"{value} {word}", Where);
 
-    internal void Apply(Settings settings, RouteSettings route)
+    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () =>
     {
-        try
+        settings.Where = Where;
+        Option.Apply(settings, route, value);
+        if (Option.Group is "balance" or "limits")
         {
-            Option.Apply(settings, route, _value);
+            route.Explained[Option.Name] = value;
         }
-        catch (FormatException e)
-        {
-            throw Wrong(e.Message);
-        }
-    }
+    });
 
     internal FormatException Wrong(string what) => new($"{Where}: {what}");
 }
@@ -461,7 +478,7 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig)
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -475,13 +492,13 @@ internal static class CommandLine
 
     // ---- reading: words to settings and positional arguments
 
-    private static void Read(IReadOnlyList<string> words, List<Setting> typed, List<string> positional)
+    private static void Read(IReadOnlyList<string> arguments, List<Setting> typed, List<string> positional)
     {
+        Queue<string> words = new(arguments);
         bool optionsEnded = false;
         int options = 0; // that had been typed before the last positional word
-        for (int i = 0; i < words.Count; i++)
+        while (words.TryDequeue(out string? word))
         {
-            string word = words[i];
             if (UpstreamSettings.IsOne(word))
             {
                 AddSetting(word, typed, positional, options == typed.Count);
@@ -497,11 +514,11 @@ internal static class CommandLine
             }
             else if (word[1] == '-')
             {
-                i += ReadLong(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLong(word, words, typed);
             }
             else
             {
-                i += ReadLetters(word, i + 1 < words.Count ? words[i + 1] : null, typed);
+                ReadLetters(word, words, typed);
             }
         }
     }
@@ -523,24 +540,19 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>--name, --name value or --name=value; returns how many words beyond its own it took.</summary>
-    private static int ReadLong(string word, string? next, List<Setting> typed)
+    /// <summary>--name, --name value or --name=value.</summary>
+    private static void ReadLong(string word, Queue<string> rest, List<Setting> typed)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
         string name = equals < 0 ? word : word[..equals];
         Option option = Option.Find(name[2..]) ?? throw Unknown(name, "--", name[2..]);
-        string? given = equals < 0 ? null : word[(equals + 1)..];
-        if (option.IsFlag && given is not null)
-        {
-            throw new FormatException($"{name}: takes no value, but '{given}' was given");
-        }
-
-        typed.Add(new Setting(option, given ?? (option.IsFlag ? "" : Value(option, name, next)), name));
-        return given is null && !option.IsFlag ? 1 : 0;
+        string value = equals < 0 ? Value(option, name, rest) : word[(equals + 1)..];
+        typed.Add(equals < 0 || !option.IsFlag ? new Setting(option, value, name)
+            : throw new FormatException($"{name}: takes no value, but '{value}' was given"));
     }
 
     /// <summary>A cluster of letters, the last of which may take a value: -qv, -l 8080, -l8080.</summary>
-    private static int ReadLetters(string word, string? next, List<Setting> typed)
+    private static void ReadLetters(string word, Queue<string> rest, List<Setting> typed)
     {
         for (int i = 1; i < word.Length; i++)
         {
@@ -554,25 +566,19 @@ internal static class CommandLine
                     : new FormatException($"{name}: unknown option; 'tcpproxy -h' lists them");
             }
 
-            if (option.IsFlag)
-            {
-                typed.Add(new Setting(option, "", name));
-                continue;
-            }
-
-            bool attached = i + 1 < word.Length;
-            typed.Add(new Setting(option, attached ? word[(i + 1)..] : Value(option, name, next), name));
-            return attached ? 0 : 1;
+            bool isAttached = !option.IsFlag && i + 1 < word.Length;
+            typed.Add(new Setting(option, isAttached ? word[(i + 1)..] : Value(option, name, rest), name));
+            i = isAttached ? word.Length : i;
         }
-
-        return 0;
     }
 
-    private static string Value(Option option, string name, string? next) =>
-        next is null ? throw new FormatException($"{name}: needs a value {option.Value}")
+    /// <summary>The next word, which a flag leaves where it is.</summary>
+    private static string Value(Option option, string name, Queue<string> rest) =>
+        option.IsFlag ? ""
+        : !rest.TryPeek(out string? next) ? throw new FormatException($"{name}: needs a value {option.Value}")
         : next.Length > 1 && next[0] == '-'
             ? throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows")
-        : next;
+        : rest.Dequeue();
 
     private static FormatException Unknown(string where, string dashes, string name)
     {
@@ -604,7 +610,7 @@ internal static class CommandLine
                 throw typed[^1].Wrong("belongs on the command line, not in a file");
             }
 
-            if (option.IsFlag != (value.Length == 0) || (blank < 0 && !option.IsFlag))
+            if (option.IsFlag != (value.Length == 0))
             {
                 throw typed[^1].Wrong(option.IsFlag ? $"takes no value, but '{value}' was given"
                     : $"needs a value {option.Value}");
@@ -647,20 +653,21 @@ internal static class CommandLine
 
         bool isPositional = positional.Count > 0;
         int firstListen = typed.FindIndex(setting => setting.Option.Name == "listen");
+        List<Setting> head = firstListen < 0 ? typed : typed.GetRange(0, firstListen);
         if (isPositional && (firstListen >= 0 || settings.ConfigFile is not null))
         {
             throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
         }
 
-        int head = firstListen < 0 ? typed.Count : firstListen;
-        Build(settings, defaults, CollectionsMarshal.AsSpan(filed));
-        if (settings.ConfigFile is not null && typed[..head].Exists(setting => setting.Option.Name == "upstream"))
+        List<Setting> access = head.FindAll(setting => setting.Option.Group == "access");
+        Build(settings, defaults, [.. access, .. filed]); // first, for of those the first that matches wins
+        if (settings.ConfigFile is not null && head.Exists(setting => setting.Option.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        foreach (Setting setting in typed[..head])
+        foreach (Setting setting in head.FindAll(setting => setting.Option.Group != "access"))
         {
             setting.Apply(settings, defaults);
             settings.Routes.ForEach(route => setting.Apply(settings, route));
@@ -672,17 +679,24 @@ internal static class CommandLine
             settings.Routes.Add(Positional(defaults, positional));
         }
 
-        Build(settings, defaults, CollectionsMarshal.AsSpan(typed)[head..]);
+        Build(settings, defaults, typed.GetRange(head.Count, typed.Count - head.Count));
         if (settings.Routes.Count == 0)
         {
             throw new FormatException(settings.ConfigFile is { } empty ? $"{empty}: no route: it has no listen" :
                 "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
         }
 
+        List<Setting> all = [.. filed, .. typed];
+        if (all.Find(setting => setting.Option.Name is "check-send" or "check-expect") is { } unused
+            && !all.Exists(setting => setting.Option.Name == "check"))
+        {
+            throw unused.Wrong("is for checks, and without --check TIME there are none");
+        }
+
         settings.Routes.ForEach(route => route.Validate());
     }
 
-    private static void Build(Settings settings, RouteSettings defaults, ReadOnlySpan<Setting> settingsInOrder)
+    private static void Build(Settings settings, RouteSettings defaults, List<Setting> settingsInOrder)
     {
         RouteSettings current = defaults;
         foreach (Setting setting in settingsInOrder)
@@ -711,8 +725,8 @@ internal static class CommandLine
         RouteSettings route = defaults.Clone();
         if (words.Count >= 4 && IsHost(words[0]) && Text.IsDigits(words[1]) && IsHost(words[2]) && Text.IsDigits(words[3]))
         {
-            route.Listen = At("LOCAL_PORT", words[1], v => ListenAddress.Parse($"{Bracket(words[0])}:{v}"));
-            route.Upstreams.Add(At("FORWARD_PORT", words[3], v => UpstreamSettings.Parse($"{Bracket(words[2])}:{v}")));
+            Text.At("LOCAL_PORT", () => route.Listen = ListenAddress.Parse($"{Bracket(words[0])}:{words[1]}"));
+            Text.At("FORWARD_PORT", () => route.Upstreams.Add(UpstreamSettings.Parse($"{Bracket(words[2])}:{words[3]}")));
             return words.Count == 4 ? route : throw new FormatException(
                 $"'{words[4]}': unexpected argument after the four of the original form"
                 + (Text.IsDigits(words[4]) ? $"; did you mean '--threads {words[4]}'?" : ""));
@@ -724,12 +738,11 @@ internal static class CommandLine
                 + "(the original form is LOCAL_HOST LOCAL_PORT FORWARD_HOST FORWARD_PORT)");
         }
 
-        route.Listen = At("LISTEN", words[0], ListenAddress.Parse);
-        for (int i = 1; i < words.Count; i++)
+        Text.At("LISTEN", () => route.Listen = ListenAddress.Parse(words[0]));
+        foreach (string word in words.GetRange(1, words.Count - 1))
         {
-            string word = words[i];
-            route.Upstreams.Add(Option.Find(word) is null ? At("UPSTREAM", word, UpstreamSettings.Parse)
-                : throw new FormatException($"UPSTREAM: '{word}' is no address; did you mean '--{word}'?"));
+            Text.At("UPSTREAM", () => route.Upstreams.Add(Option.Find(word) is null ? UpstreamSettings.Parse(word)
+                : throw new FormatException($"'{word}' is no address; did you mean '--{word}'?")));
         }
 
         return route;
@@ -738,33 +751,17 @@ internal static class CommandLine
 
         static bool IsHost(string word) => !Text.IsDigits(word)
             && (IPAddress.TryParse(word, out _) || !word.Contains(':', StringComparison.Ordinal));
-
-        static T At<T>(string where, string word, Func<string, T> parse)
-        {
-            try
-            {
-                return parse(word);
-            }
-            catch (FormatException e)
-            {
-                throw new FormatException($"{where}: {e.Message}");
-            }
-        }
     }
 
     private static string Load(string file)
     {
         try
         {
-            using FileStream stream = new(file, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, bufferSize: 0);
-            byte[] bytes = new byte[LargestFile + 1];
-            int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
-            return length <= LargestFile ? Encoding.UTF8.GetString(bytes, 0, length).TrimStart('\ufeff')
-                : throw new FormatException($"--config: {file} is larger than {LargestFile >> 20} MB");
+            return Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile));
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (FormatException e)
         {
-            throw new FormatException($"--config: cannot read {file}: {Text.Reason(e)}");
+            throw new FormatException($"--config: {e.Message}");
         }
     }
 }
@@ -800,6 +797,7 @@ internal static class Help
           times 500ms 5s 10m 1h 7d, bare = seconds; sizes 512 64k 10m 1g, powers of 1024; 0 or off = off
         Signals:
           TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
+          HUP        read the lists of --allow and --deny again
         Exit status:
           0 done, 1 failed at run time, 2 wrong usage or configuration
 
@@ -871,6 +869,7 @@ internal enum Command
     FullHelp,
     Version,
     CheckConfig,
+    Explain,
     WaitFor,
 }
 
@@ -881,7 +880,10 @@ internal sealed class Settings
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal ExplainQuery? Explain { get; set; }
     internal List<RouteSettings> Routes { get; } = [];
+    internal Dictionary<string, AccessFile> AccessFiles { get; } = []; // of all routes, by their paths
+    internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
@@ -899,6 +901,8 @@ internal sealed class RouteSettings
     internal List<UpstreamSettings> Upstreams { get; private set; } = [];
     internal int MaxConnections { get; set; } // 0 = off
     internal LimitSettings Limits { get; private set; } = new();
+    internal AccessRules Access { get; private set; } = new();
+    internal Dictionary<string, string> Explained { get; private set; } = []; // what was typed of limits and balance
     internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -913,6 +917,8 @@ internal sealed class RouteSettings
         RouteSettings copy = (RouteSettings)MemberwiseClone();
         copy.Upstreams = [.. Upstreams];
         copy.Limits = Limits.Clone();
+        copy.Access = Access.Clone();
+        copy.Explained = new Dictionary<string, string>(Explained);
         copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
@@ -1001,7 +1007,7 @@ internal sealed class Route
             if (known is null)
             {
                 UpstreamPool pool = new(
-                    settings.Upstreams.FindAll(one => Group(one) == group), settings.Pool, settings.Connect, Title, log);
+                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1038,10 +1044,7 @@ internal sealed class Route
     internal void Leave()
     {
         Limit.Leave();
-        if (Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Line?.Serve();
     }
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
@@ -1092,6 +1095,7 @@ internal sealed class Proxy
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
             _pools.ForEach(pool => pool.StartChecks());
+            _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
             await _stopping.Task;
             await DrainAsync();
         }
@@ -1117,6 +1121,9 @@ internal sealed class Proxy
 
         _stopping.TrySetResult();
     }
+
+    /// <summary>Reads again what others write: the lists of access rules.</summary>
+    internal void Reload() => Array.ForEach([.. _settings.AccessFiles.Values], file => file.Reload(_log));
 
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
@@ -1244,7 +1251,9 @@ internal sealed class Proxy
                 _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
-            reason = route.TryEnter(); // (2)
+            AccessRules rules = route.Settings.Access; // (2)
+            reason = rules.IsEmpty || route.Settings.Preread.IsSender(line.Client) ? null : rules.Refuse(line.Client);
+            reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line is { } queue)
             {
                 reason = await queue.EnterAsync(route.Limit.TryEnter, client);
@@ -1285,8 +1294,7 @@ internal sealed class Proxy
 
             if (reason is null)
             {
-                Bridge bridge = new(client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, // (5)
-                    line.BytesUp, route.Rates, taps);
+                Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
                 _ = taps is null ? RelayAsync(route, connection, bridge, line)
                     : RelayTappedAsync(route, connection, bridge, line, taps);
                 return;
@@ -1326,6 +1334,16 @@ internal sealed class Proxy
         }
     }
 
+    private static Bridge NewBridge(Route route, Socket client, in Connection connection, ConnectionLine line, Conversation? taps)
+    {
+        AddressKind kind = connection.Upstream!.Kind;
+        BridgeSettings settings = route.Settings.Bridge;
+        AccessRules access = route.Settings.Access;
+        return access.ClosesAtWindowEnd
+            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
+            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+    }
+
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
     private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
     {
@@ -1349,7 +1367,7 @@ internal sealed class Proxy
     {
         PrereadSettings settings = route.Settings.Preread;
         bool isSender = settings.IsSender(line.Client);
-        Refusal? refusal = !isSender && !route.NeedsName ? null
+        CloseReason? refusal = !isSender && !route.NeedsName ? null
             : await first.ReadAsync(client, isSender, route.NeedsName, settings.Timeout);
         line.Client = first.Source ?? line.Client;
         if (first.Source is null && route.Settings.Connect.SendProxy != ProxyVersion.Off)
@@ -1357,8 +1375,8 @@ internal sealed class Proxy
             first.Destination = client.LocalEndPoint;
         }
 
-        return refusal is not null ? new CloseReason(refusal.Code, refusal.Words)
-            : route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null;
+        return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1378,11 +1396,10 @@ internal sealed class Proxy
         int header = connection.Socket is null || settings.SendProxy == ProxyVersion.Off ? 0
             : first.Head(settings.SendProxy, line.Client, first.Destination);
         Socket? target = kind == AddressKind.Echo ? client : connection.Socket;
-        Refusal? refusal = header + length == 0 || target is null ? null
+        CloseReason? refusal = header + length == 0 || target is null ? null
             : await first.SendAsync(target, header + length, settings.Timeout);
         line.BytesUp = refusal is null ? length : 0;
-        return refusal is null ? null : target == client ? CloseReason.ClientReset
-            : new CloseReason(refusal.Code, refusal.Words);
+        return refusal is not null && target == client ? CloseReason.ClientReset : refusal;
     }
 
     private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
@@ -1410,6 +1427,43 @@ internal sealed class Proxy
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
         Leave();
+    }
+}
+
+/// <summary>--explain: what would become of a client, and why.</summary>
+internal sealed class ExplainQuery
+{
+    private readonly string _who;
+    private readonly IPEndPoint? _client; // null = it comes by a unix socket
+    private readonly DateTime _utc;
+
+    /// <summary>ADDRESS[@TIME]</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    internal ExplainQuery(string text)
+    {
+        int at = text.IndexOf('@', StringComparison.Ordinal);
+        _who = at < 0 ? text : text[..at];
+        _client = Network.Parse(_who).IsUnix ? null : IPAddress.TryParse(_who, out IPAddress? address) ? new IPEndPoint(address, 0)
+            : throw new FormatException($"'{_who}' is a network; one address is asked for");
+        _utc = at < 0 ? DateTime.UtcNow : Units.ParseMoment(text[(at + 1)..]);
+    }
+
+    internal string Answer(Settings settings)
+    {
+        StringBuilder text = new($"client {_who} at {Text.Of(_utc)}\n");
+        using Log silent = new(new LogSettings { Format = LogFormat.Off });
+        foreach (RouteSettings route in settings.Routes)
+        {
+            Verdict verdict = route.Access.Judge(_client, _utc);
+            text.Append($"\nroute {route.Title}\n  {(verdict.IsAllowed ? "allowed" : "denied")}: {verdict.Words}\n");
+            if (verdict.IsAllowed)
+            {
+                new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(pool => text.Append($"  {pool.Explain(_client)}\n"));
+                Array.ForEach([.. route.Explained], pair => text.Append($"  --{pair.Key} {pair.Value}\n"));
+            }
+        }
+
+        return text.ToString();
     }
 }
 
@@ -1736,8 +1790,344 @@ internal static class Exhaustion
 }
 
 // == 5  ADMISSION ===================================================================================================
-// Who may connect: how many at once and how many in a while, in all and from one address. Refusing is cheap, and said only so
-// often: nobody may fill a log by being refused.
+// Who may connect: who and when, how many at once and how many in a while, in all and from one address. Refusing is cheap,
+// and said only so often: nobody may fill a log by being refused.
+//
+// AccessRules of a route are matched in order, and the first that matches decides. An AccessRule has AccessLists of its own
+// or those of its AccessFile: one for all networks that hold at the same times, which have one Schedule.
+
+/// <summary>The rules of a route, and what they say.</summary>
+internal sealed class AccessRules
+{
+    private AccessRule[] _rules = [];
+
+    internal bool ClosesAtWindowEnd { get; set; }
+    internal bool IsEmpty => _rules.Length == 0;
+
+    internal AccessRules Clone() => (AccessRules)MemberwiseClone();
+
+    internal void Add(AccessRule rule) => _rules = [.. _rules, rule];
+
+    /// <summary>nginx's meaning, but for clients whom no rule names: where some are allowed, others are not.</summary>
+    internal Verdict Judge(EndPoint? client, DateTime utc)
+    {
+        Network address = Network.Of(client);
+        bool isAllowed = true;
+        foreach (AccessRule rule in _rules)
+        {
+            int line = rule.Find(address, utc);
+            if (line > 0)
+            {
+                return new Verdict(rule.IsAllow, rule, line);
+            }
+
+            isAllowed &= !rule.IsAllow;
+        }
+
+        return new Verdict(isAllowed, null, 0);
+    }
+
+    /// <summary>Null when the client may connect now.</summary>
+    internal CloseReason? Refuse(EndPoint? client)
+    {
+        Verdict verdict = Judge(client, DateTime.UtcNow);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+    }
+}
+
+internal readonly struct Verdict(bool isAllowed, AccessRule? rule, int line)
+{
+    internal bool IsAllowed { get; } = isAllowed;
+
+    /// <summary>The rule that has decided, where it was typed, and the line of its file.</summary>
+    internal string Words => rule is not null ? rule.Describe(line) : IsAllowed ? "no rule matches" : "no allow rule matches";
+}
+
+/// <summary>One --allow or --deny.</summary>
+internal sealed class AccessRule
+{
+    private readonly string _words; // as it was typed
+    private readonly AccessFile? _file;
+    private readonly List<AccessList> _own = []; // where there is no file
+    private readonly Schedule? _schedule; // of all that stands in the file
+
+    /// <summary>Files that other rules have read stand in <paramref name="files"/>, by their paths.</summary>
+    /// <exception cref="FormatException">it is no rule, or its file is wrong</exception>
+    internal AccessRule(bool isAllow, string text, string where, Dictionary<string, AccessFile> files)
+    {
+        (IsAllow, _words) = (isAllow, $"rule {where} {text}");
+        if (text.StartsWith('@'))
+        {
+            string[] words = text.Split((char[])[' ', '\t'], 2);
+            string path = Text.FileName(words[0][1..]);
+            _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
+            _file = files.TryGetValue(path, out AccessFile? known) ? known : files[path] = new AccessFile(path);
+        }
+        else
+        {
+            AccessList.Add(_own, Encoding.UTF8.GetBytes(text), 1);
+        }
+    }
+
+    internal bool IsAllow { get; }
+
+    /// <summary>The number of a line that matches, 0 for none.</summary>
+    internal int Find(in Network client, DateTime utc)
+    {
+        int line = 0;
+        List<AccessList> lists = _schedule?.Holds(utc) == false ? [] : _file?.Lists ?? _own;
+        for (int i = 0; i < lists.Count && line == 0; i++)
+        {
+            line = lists[i].Find(client, utc);
+        }
+
+        return line;
+    }
+
+    internal string Describe(int line) => _file is null ? _words : $"{_words} ({_file.Path}:{Text.Of(line)})";
+}
+
+/// <summary>The networks of a rule or a file that hold at the same times.</summary>
+internal sealed class AccessList(string when)
+{
+    private const int Most = 100; // lists of a file: each costs every look-up a search
+
+    private readonly string _when = when;
+    private readonly Schedule? _schedule = Schedule.Parse(when);
+    private readonly List<Network> _networks = [];
+
+    /// <summary>WHO [DAYS] [HH:MM-HH:MM] [ZONE], added to the one of <paramref name="lists"/> that it belongs to.</summary>
+    /// <exception cref="FormatException">it is no such line</exception>
+    internal static void Add(List<AccessList> lists, ReadOnlySpan<byte> line, int number)
+    {
+        int blank = line.IndexOfAny((byte)' ', (byte)'\t');
+        ReadOnlySpan<byte> who = blank < 0 ? line : line[..blank];
+        string when = blank < 0 ? "" : Encoding.UTF8.GetString(line[blank..]).Trim();
+        AccessList? list = lists.Find(list => list._when == when);
+        if (list is null)
+        {
+            lists.Add(list = lists.Count < Most ? new AccessList(when)
+                : throw new FormatException($"more than {Most} different times in one file"));
+        }
+
+        if (who.SequenceEqual("all"u8))
+        {
+            list._networks.AddRange(Network.Parse("unix"u8, number), Network.Parse("0.0.0.0/0"u8, number), Network.Parse("::/0"u8, number));
+        }
+        else
+        {
+            list._networks.Add(Network.Parse(who, number));
+        }
+    }
+
+    /// <summary>Before anybody searches. Networks lie within each other or apart, so those within another are not needed.</summary>
+    internal void Sort()
+    {
+        Network? widest = null; // so far
+        _networks.Sort();
+        _networks.RemoveAll(network => widest?.Has(network) == true || (widest = network) is null);
+    }
+
+    /// <summary>The line of the widest network that has the client, 0 for none.</summary>
+    internal int Find(in Network client, DateTime utc)
+    {
+        int next = _schedule?.Holds(utc) == false ? 0 : ~_networks.BinarySearch(client.AfterAll);
+        return next > 0 && _networks[next - 1].Has(client) ? _networks[next - 1].Line : 0;
+    }
+}
+
+/// <summary>A list in a file: one rule a line, # starts a comment. It is read again when it has changed and then rested for
+/// a moment, or when somebody says so; while it is wrong the old list stays.</summary>
+internal sealed class AccessFile
+{
+    private const int Pause = 1000; // ms between two looks
+    private const int Largest = 128 << 20; // bytes
+    private const int Large = 1 << 20; // worth a collection of what reading it has left, and of the list before
+
+    private readonly Lock _gate = new();
+    private List<AccessList> _lists = []; // replaced as a whole
+    private long _read; // its state when it was read
+    private long _seen; // and at the last look
+
+    /// <exception cref="FormatException">it cannot be read, or is wrong</exception>
+    internal AccessFile(string path)
+    {
+        Path = path;
+        _read = State();
+        Read();
+    }
+
+    internal string Path { get; }
+    internal List<AccessList> Lists => Volatile.Read(ref _lists);
+
+    /// <summary>Looks after them for ever, on threads that may block.</summary>
+    internal static async Task WatchAsync(AccessFile[] files, Log log)
+    {
+        while (files.Length > 0)
+        {
+            await Task.Delay(Pause);
+            Array.ForEach(files, file => file.Look(log));
+        }
+    }
+
+    internal void Reload(Log log)
+    {
+        lock (_gate)
+        {
+            _read = State();
+            try
+            {
+                Read();
+                log.Event(LogLevel.Info, "list", $"{Path}: read again");
+            }
+            catch (FormatException e)
+            {
+                log.Event(LogLevel.Warn, "list", $"{e.Message}; the old list stays");
+            }
+        }
+    }
+
+    private void Look(Log log)
+    {
+        long state = State();
+        if (state == _seen && state != _read) // else whoever writes it may not be done
+        {
+            Reload(log);
+        }
+
+        _seen = state;
+    }
+
+    /// <summary>When it was written, and its length, as one number.</summary>
+    private long State() =>
+        new FileInfo(Path) is { Exists: true } file ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
+
+    private void Read()
+    {
+        List<AccessList> lists = [];
+        ReadOnlySpan<byte> text = WholeFile.Read(Path, Largest);
+        int number = 0;
+        try
+        {
+            foreach (Range range in text.Split((byte)'\n'))
+            {
+                number++;
+                ReadOnlySpan<byte> line = text[range];
+                int comment = line.IndexOf((byte)'#');
+                line = (comment < 0 ? line : line[..comment]).Trim(" \t\r"u8);
+                if (line.Length > 0)
+                {
+                    AccessList.Add(lists, line, number);
+                }
+            }
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{Path}:{Text.Of(number)}: {e.Message}");
+        }
+
+        lists.ForEach(list => list.Sort());
+        Volatile.Write(ref _lists, lists);
+        if (text.Length > Large)
+        {
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true); // while all is quiet nobody would
+        }
+    }
+}
+
+/// <summary>When a rule holds: on some days, between two times of the day, by the clocks of a zone. A window that passes midnight
+/// belongs to the day on which it begins. What clocks show twice in a night is in the window twice, what they skip is not.</summary>
+internal sealed class Schedule
+{
+    private const int Midnight = 24 * 60; // minutes
+    private static readonly string[] Days = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"];
+
+    private readonly TimeZoneInfo _zone = TimeZoneInfo.Local;
+    private readonly int _days = (1 << 7) - 1; // bit 0 is Sunday's
+    private readonly int _from; // minutes of the day, as below
+    private readonly int _to = Midnight;
+
+    private Schedule(ReadOnlySpan<string> words)
+    {
+        if (words is [var days, ..] && char.IsAsciiLetterLower(days[0]))
+        {
+            _days = 0;
+            foreach (string part in days.Split(','))
+            {
+                _days |= DaysOf(part);
+            }
+
+            words = words[1..];
+        }
+
+        if (words is [var window, ..] && char.IsAsciiDigit(window[0]))
+        {
+            (_from, _to) = window.Split('-') is [var from, var to] ? (Minute(from), Minute(to)) : (0, 0);
+            words = _from != _to && _from < Midnight ? words[1..]
+                : throw new FormatException($"'{window}' is not a time window; write 09:00-17:30, or 22:00-06:00 for a night");
+        }
+
+        if (words is [var zone, ..])
+        {
+            _zone = words.Length == 1 && TimeZoneInfo.TryFindSystemTimeZoneById(zone, out TimeZoneInfo? found) ? found
+                : throw new FormatException($"'{string.Join(' ', words!)}' is not known here as days, a time window or a time zone; "
+                    + "write mon-fri 09:00-17:30 Europe/Paris, or some of it");
+        }
+    }
+
+    /// <summary>[DAYS] [HH:MM-HH:MM] [ZONE]. Null when there are no words, which is always.</summary>
+    /// <exception cref="FormatException">it is no such thing</exception>
+    internal static Schedule? Parse(string text) =>
+        text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries) is { Length: > 0 } words ? new Schedule(words) : null;
+
+    internal bool Holds(DateTime utc)
+    {
+        DateTime there = TimeZoneInfo.ConvertTimeFromUtc(utc, _zone);
+        int minute = (there.Hour * 60) + there.Minute;
+        bool isYesterdays = _to < _from && minute < _to;
+        int day = ((int)there.DayOfWeek + (isYesterdays ? 6 : 0)) % 7;
+        return ((_days >> day) & 1) != 0 && (isYesterdays || (minute >= _from && (minute < _to || _to < _from)));
+    }
+
+    /// <summary>mon, or mon-fri; fri-mon goes over the end of the week.</summary>
+    private static int DaysOf(string text)
+    {
+        string[] ends = text.Split('-', 2);
+        int last = Text.ParseWord(ends[^1], "day", Days);
+        int days = 1 << last;
+        for (int day = Text.ParseWord(ends[0], "day", Days); day != last; day = (day + 1) % 7)
+        {
+            days |= 1 << day;
+        }
+
+        return days;
+    }
+
+    private static int Minute(string text) =>
+        text is [>= '0' and <= '2', >= '0' and <= '9', ':', >= '0' and <= '5', >= '0' and <= '9']
+        && ((text[0] - '0') * 600) + ((text[1] - '0') * 60) + ((text[3] - '0') * 10) + text[4] - '0' is int minute and <= Midnight
+            ? minute : throw new FormatException($"'{text}' is not a time of the day; write 09:00-17:30");
+}
+
+/// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks at each turn of the minute.</summary>
+internal sealed class WindowedBridge(
+    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
+    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+{
+    private int _minute = DateTime.UtcNow.Minute;
+
+    internal override bool Check(long now)
+    {
+        DateTime utc = DateTime.UtcNow;
+        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        {
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+        }
+
+        _minute = utc.Minute;
+        return base.Check(now);
+    }
+}
 
 /// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
@@ -1837,7 +2227,8 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
     internal int TryEnter(EndPoint? client, long now, out CloseReason? refusal)
     {
         refusal = null;
-        if (client is not IPEndPoint { Address: var address })
+        Network address = Network.Of(client);
+        if (address.IsUnix)
         {
             return -1;
         }
@@ -1899,13 +2290,9 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
         return free;
     }
 
-    private ulong Tag(IPAddress address)
+    private ulong Tag(in Network address)
     {
-        Span<byte> bytes = stackalloc byte[16];
-        IPAddress wide = address.MapToIPv6();
-        wide.TryWriteBytes(bytes, out _);
-        int prefix = wide.IsIPv4MappedToIPv6 ? 128 : settings.Ip6Prefix;
-        UInt128 key = BinaryPrimitives.ReadUInt128BigEndian(bytes) & (UInt128.MaxValue << (128 - prefix));
+        UInt128 key = address.First & (UInt128.MaxValue << (address.IsV4 ? 0 : 128 - settings.Ip6Prefix));
         ulong high = Math.BigMul((ulong)(key >> 64) ^ _secret, (ulong)key ^ _otherSecret, out ulong low);
         return high ^ low;
     }
@@ -1972,21 +2359,24 @@ internal sealed class Refusals(string route, Log log) : Watched
 // == 6  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, which one instead when it does not answer, and who waits when all are full.
 //
-// A server is one upstream, or one of the addresses of its name. It is down after failed connects (until one client has
-// tried it again) or after failed checks (until they go well), and back with a share that grows. Down is an opinion:
-// where nothing else is left, servers that are down are tried.
+// A server is one upstream, or one of the addresses of its name. Down is an opinion: where nothing else is left, servers
+// that are down are tried.
+//
+//     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
+//     up, down -- --check-fall failed checks (Checked) --> down until checks go well
+//     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
 {
-    private static readonly string[] Keys = ["weight", "backup", "max-connections", "slow-start", "name"];
-
     internal UpstreamAddress Address { get; } = address;
     internal int Weight { get; private set; } = 1; // 0 = drained: no new connections
     internal bool IsBackup { get; private set; }
     internal int MaxConnections { get; private set; } // 0 = off
     internal TimeSpan SlowStart { get; private set; } = TimeSpan.FromSeconds(10);
     internal string? Name { get; private set; }
+    internal string Title => Name ?? Address.Text;
+    internal AddressKind Kind => Address.Kind;
 
     /// <summary>The TLS names of the clients that it serves; null = it is of the fallback group.</summary>
     internal string[]? ServerNames { get; set; }
@@ -2015,28 +2405,25 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     private void Apply(string word)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
-        (string key, string value) = equals < 0 ? (word, "") : (word[..equals], word[(equals + 1)..]);
-        int index = Text.ParseWord(key, "setting", Keys);
-        if ((equals < 0) != (key == "backup"))
+        string key = equals < 0 ? word : word[..equals];
+        int index = Text.ParseWord(key, "setting", "backup", "weight", "max-connections", "slow-start", "name");
+        if ((equals < 0) != (index == 0))
         {
             throw new FormatException(equals < 0 ? $"{key}: needs a value, as in {key}=5" : $"{key}: takes no value");
         }
 
-        try
+        string value = word[(equals + 1)..];
+        Text.At(key, () =>
         {
             switch (index)
             {
-                case 0: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
-                case 1: IsBackup = true; break;
+                case 0: IsBackup = true; break;
+                case 1: Weight = Units.ParseCount(value, most: 256); break; // as HAProxy's
                 case 2: MaxConnections = Units.ParseCount(value); break;
                 case 3: SlowStart = Units.ParseTime(value); break;
                 default: Name = value.Length > 0 ? value : throw new FormatException("a name has at least one character"); break;
             }
-        }
-        catch (FormatException e)
-        {
-            throw new FormatException($"{key}: {e.Message}");
-        }
+        });
     }
 }
 
@@ -2066,58 +2453,36 @@ internal sealed class PoolSettings
     internal PoolSettings Clone() => (PoolSettings)MemberwiseClone();
 }
 
-/// <summary>One upstream of a route, and where its addresses come from.</summary>
-internal sealed class Upstream
-{
-    private readonly IPAddress[] _known;
-
-    internal Upstream(UpstreamSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        Config = settings;
-        IPAddress[]? known = Kind == AddressKind.Tcp ? Resolver.Known(settings.Address.Host) : [];
-        _known = known ?? [];
-        Resolver = known is null ? new Resolver(settings.Address.Host, connect.Resolve, route, log) : null;
-    }
-
-    internal UpstreamSettings Config { get; }
-    internal AddressKind Kind => Config.Address.Kind;
-    internal string Title => Config.Name ?? Config.Address.Text;
-    internal Resolver? Resolver { get; } // null where nothing needs to be looked up
-    internal IPAddress[] Addresses => Resolver?.Addresses ?? _known;
-}
-
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
-internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] targets, string title)
+internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
-    internal Upstream Upstream { get; } = upstream;
+    internal UpstreamSettings Upstream { get; } = upstream;
+    internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = title; // for the log, and for Maglev
-    internal int Weight => Upstream.Config.Weight;
-    internal bool HasRoom => Upstream.Config.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal string Title { get; set; } = ""; // for the log, and for Maglev
+    internal int Weight => Upstream.Weight;
+    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
-    internal int Fails { get; set; }
-    internal long FailedAt { get; set; }
-    internal long DownUntil { get; set; } // after failed connects
-    internal bool IsCheckedDown { get; set; }
+    internal bool IsDown { get; set; }
+    internal long Until { get; set; } // down: it is left alone; up: the next failed connect counts with those before
+    internal int Fails { get; set; } // connects, while it is up
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
+    internal bool IsChecked { get; set; } // by a loop of its own
 
-    internal bool IsUp(long now) => !IsCheckedDown && now >= DownUntil;
+    internal bool IsUp(long now) => !IsDown || now >= Until;
+    internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
 
     /// <summary>How much of its weight counts, in percent: all of it, or what a slow start allows.</summary>
     internal int Percent(long now)
     {
-        double slow = Upstream.Config.SlowStart.TotalMilliseconds;
-        if (BackSince != 0 && now - BackSince >= slow)
-        {
-            BackSince = 0;
-        }
-
+        double slow = Upstream.SlowStart.TotalMilliseconds;
+        BackSince = now - BackSince >= slow ? 0 : BackSince;
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
     }
 
@@ -2125,18 +2490,16 @@ internal sealed class Server(Balancer balancer, Upstream upstream, EndPoint[] ta
     internal void Leave()
     {
         Interlocked.Decrement(ref Active);
-        if (Balancer.Line is { Count: > 0 } line)
-        {
-            line.Serve();
-        }
+        Balancer.Line?.Serve();
     }
 }
 
 /// <summary>The outcome of steps (3) and (4): a socket, or the failure. Releasing it gives the server's place back;
 /// the socket then belongs to the bridge (rule 1).</summary>
-internal readonly struct Connection(Upstream? upstream, Server? server, Dial? dial, CloseReason? failure)
+internal readonly struct Connection(
+    UpstreamSettings? upstream, Server? server = null, Dial? dial = null, CloseReason? failure = null)
 {
-    internal Upstream? Upstream { get; } = upstream; // null: it has not come to one of several
+    internal UpstreamSettings? Upstream { get; } = upstream; // null: it has not come to one of several
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
@@ -2146,19 +2509,20 @@ internal readonly struct Connection(Upstream? upstream, Server? server, Dial? di
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
-internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings settings, IPAddress? source, string route, Log log)
+internal sealed class Balancer(
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
+    Log log)
 {
     private readonly Lock _gate = new();
-    private readonly bool _isMarking = settings.MaxFails > 0 && settings.FailTimeout > TimeSpan.Zero;
+    private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
     private readonly List<Server> _candidates = []; // of the choice that is being made
-    private readonly List<Server> _known = []; // those, and whoever has left the name but still has connections
-    private Server[] _servers = []; // replaced as a whole
-    private IPAddress[][] _found = []; // what they were made from
+    private readonly List<Server> _known = []; // in use, or with connections that are older than what the name is now
+    private Server[] _servers = []; // in use; replaced as a whole
+    private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
-    private ulong _random = (ulong)Random.Shared.NextInt64() | 1;
 
     /// <summary>Where clients wait for room; null where there is no bound.</summary>
-    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.Config.MaxConnections > 0) ? null
+    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.MaxConnections > 0) ? null
         : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
@@ -2168,73 +2532,55 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>Takes over what look-ups have found. A server whose address stays keeps its state.</summary>
     internal void Update()
     {
-        if (IsCurrent())
+        int changes = Resolver.Changes;
+        if (changes == Volatile.Read(ref _changes))
         {
             return;
         }
 
         lock (_gate)
         {
-            IPAddress[][] found = Array.ConvertAll(upstreams, upstream => upstream.Addresses);
             List<Server> servers = [];
             _known.RemoveAll(server => Volatile.Read(ref server.Active) == 0 && Array.IndexOf(_servers, server) < 0);
             for (int i = 0; i < upstreams.Length; i++)
             {
-                Add(servers, upstreams[i], found[i]);
+                Add(servers, upstreams[i], resolvers[i]);
             }
-
-            _known.AddRange(servers.FindAll(server => !_known.Contains(server)));
 
             _table = [];
             Volatile.Write(ref _servers, [.. servers]);
-            Volatile.Write(ref _found, found);
+            Volatile.Write(ref _changes, changes);
         }
 
         Line?.Serve();
     }
 
-    private bool IsCurrent()
+    /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
+    private void Add(List<Server> servers, UpstreamSettings upstream, Resolver? resolver)
     {
-        IPAddress[][] found = Volatile.Read(ref _found);
-        for (int i = 0; i < found.Length; i++)
-        {
-            if (found[i] != upstreams[i].Addresses)
-            {
-                return false;
-            }
-        }
-
-        return found.Length > 0;
-    }
-
-    private void Add(List<Server> servers, Upstream upstream, IPAddress[] addresses)
-    {
-        UpstreamAddress address = upstream.Config.Address;
+        UpstreamAddress address = upstream.Address;
         int port = address.PortAt(portIndex);
-        string title = upstream.Config.Name ?? (upstream.Kind == AddressKind.Tcp ? $"{address.Host}:{port}" : address.Text);
-        if (upstream.Resolver is null)
+        EndPoint[] all = address.Kind switch
         {
-            EndPoint[] targets = upstream.Kind == AddressKind.Unix ? [new UnixDomainSocketEndPoint(address.Host)]
-                : Array.ConvertAll(addresses, EndPoint (ip) => new IPEndPoint(ip, port));
-            Add(targets, addresses.Length == 1 && upstream.Config.Name is null ? targets[0].ToString()! : title);
-            return;
-        }
-
-        bool isUsable = Array.Exists(addresses, ip => ip.AddressFamily == source?.AddressFamily);
-        foreach (IPAddress ip in addresses)
+            AddressKind.Tcp => Array.ConvertAll(
+                resolver?.Addresses ?? Resolver.Known(address.Host)!, EndPoint (ip) => new IPEndPoint(ip, port)),
+            AddressKind.Unix => [new UnixDomainSocketEndPoint(address.Host)],
+            _ => [],
+        };
+        string title = upstream.Name ?? (address.Kind != AddressKind.Tcp ? address.Text
+            : resolver is null && all.Length == 1 ? $"{all[0]}" : $"{address.Host}:{port}");
+        EndPoint[] usable = Array.FindAll(all, target => target.AddressFamily == source?.AddressFamily);
+        usable = usable.Length > 0 ? usable : all;
+        foreach (EndPoint[] targets in resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
         {
-            if (!isUsable || ip.AddressFamily == source!.AddressFamily)
+            Server? server = _known.Find(server => server.Upstream == upstream
+                && (resolver is null || server.Targets[0].Equals(targets[0])));
+            if (server is null)
             {
-                IPEndPoint target = new(ip, port);
-                Add([target], addresses.Length == 1 ? title : $"{title}/{target}");
+                _known.Add(server = new Server(this, upstream, resolver, targets));
             }
-        }
 
-        void Add(EndPoint[] targets, string title)
-        {
-            Server server = _known.Find(server => server.Upstream == upstream
-                && (targets.Length == 0 || server.Targets[0].Equals(targets[0]))) ?? new Server(this, upstream, targets, title);
-            server.Title = title;
+            server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
             if (!servers.Contains(server))
             {
                 servers.Add(server);
@@ -2248,7 +2594,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream.Config: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -2257,13 +2603,13 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
         lock (_gate)
         {
             FindCandidates(tried, now, out isFull);
-            Server? server = _candidates.Count > 0 ? Pick(client, now) : null;
+            Server? server = _candidates.Count == 0 || isFull ? null : Pick(client, now);
             if (server is not null)
             {
                 Interlocked.Increment(ref server.Active);
-                if (IsMarked(server) && now >= server.DownUntil)
+                if (server.IsDown && now >= server.Until)
                 {
-                    server.DownUntil = now + (long)settings.FailTimeout.TotalMilliseconds; // this client tries it for all
+                    server.Until = now + _failTimeout; // this client tries it for all
                 }
             }
 
@@ -2272,42 +2618,32 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     }
 
     /// <summary>The best there are: servers that are up; where those are down or full, backups (nginx's meaning); where none
-    /// of them is up, full or not, those that are down.</summary>
+    /// of them is up, full or not, those that are down. Full ones are to be waited for.</summary>
     private void FindCandidates(List<Server>? tried, long now, out bool isFull)
     {
-        const int Down = 2;
+        const int Full = 2;
+        const int DownAndFull = 4;
         int best = int.MaxValue;
-        int bestFull = int.MaxValue;
         _candidates.Clear();
         foreach (Server server in _servers)
         {
-            if (server.Weight == 0 || tried?.Contains(server) == true)
+            int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
+                : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
+            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
             {
                 continue;
             }
 
-            int rank = !server.IsUp(now) ? Down : server.Upstream.Config.IsBackup ? 1 : 0;
-            if (!server.HasRoom)
+            if (rank < best)
             {
-                bestFull = Math.Min(rank, bestFull);
+                _candidates.Clear();
             }
-            else if (rank <= best)
-            {
-                if (rank < best)
-                {
-                    _candidates.Clear();
-                }
 
-                _candidates.Add(server);
-                best = rank;
-            }
+            _candidates.Add(server);
+            best = rank;
         }
 
-        isFull = bestFull < int.MaxValue;
-        if (best == Down && bestFull < Down)
-        {
-            _candidates.Clear();
-        }
+        isFull = best is Full or DownAndFull;
     }
 
     private Server Pick(ulong client, long now)
@@ -2358,10 +2694,7 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     {
         int total = 0;
         _candidates.ForEach(server => total += Share(server, now));
-        _random ^= _random << 13; // xorshift64 (Marsaglia)
-        _random ^= _random >> 7;
-        _random ^= _random << 17;
-        int draw = (int)(_random % (ulong)total);
+        int draw = Random.Shared.Next(total);
         return _candidates.Find(server => (draw -= Share(server, now)) < 0)!;
     }
 
@@ -2390,22 +2723,19 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Upstream.Resolver is not { Addresses.Length: > 1 } || server.Upstream.Config.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
         {
             return null;
         }
 
-        List<Server> others = [server];
+        List<Server> racers = [server];
         lock (_gate)
         {
-            others.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
+            racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
                 && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
-        IPAddress[] order = Resolver.Interleave([.. others.ConvertAll(AddressOf)]);
-        return Array.ConvertAll(order, address => others.Find(other => AddressOf(other).Equals(address))!);
-
-        static IPAddress AddressOf(Server server) => ((IPEndPoint)server.Targets[0]).Address;
+        return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
     }
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
@@ -2417,71 +2747,78 @@ internal sealed class Balancer(Upstream[] upstreams, int portIndex, PoolSettings
     /// <summary>A connect has ended, well or not.</summary>
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
-        if (failure is null ? server.Fails == 0 : !failure.IsWorthRetry || !_isMarking || Servers.Length == 1)
+        bool isTelling = IsTelling(server, failure);
+        if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
         }
 
-        bool isNews;
         lock (_gate)
         {
-            bool wasMarked = IsMarked(server);
-            if (failure is null ? wasMarked : !wasMarked && now - server.FailedAt > settings.FailTimeout.TotalMilliseconds)
+            if (server.IsCheckedDown)
             {
-                server.Fails = 0;
+                return; // which only checks end
             }
 
-            if (failure is null)
+            if (!isTelling)
             {
-                server.DownUntil = 0;
-                server.BackSince = wasMarked && Servers.Length > 1 ? now : server.BackSince;
+                server.Until = now; // it was not tried: the next client does
             }
-            else
+            else if (failure is null)
             {
-                server.Fails++;
-                server.FailedAt = now;
-                server.DownUntil = IsMarked(server) ? now + (long)settings.FailTimeout.TotalMilliseconds : 0;
+                Turn(server, isDown: false, "connected", now);
             }
-
-            isNews = wasMarked != IsMarked(server) && !server.IsCheckedDown;
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, failure is null, failure is null ? "connected" : failure.Words);
+            else if (settings.MaxFails > 0 && _failTimeout > 0 && _servers.Length > 1)
+            {
+                server.Fails = now <= server.Until ? server.Fails + 1 : 1;
+                server.Until = now + _failTimeout;
+                Turn(server, server.IsDown || server.Fails >= settings.MaxFails, failure.Words, now);
+            }
         }
     }
 
-    /// <summary>A check has ended, well or not.</summary>
-    internal void Checked(Server server, string? failure, long now)
+    /// <summary>A check has ended, well or not. What connects have said before does not count any more when checks have turned
+    /// the server: it was of the same illness.</summary>
+    internal void Checked(Server server, CloseReason? failure, long now)
     {
         bool isDown = failure is not null;
-        bool isNews;
+        if (!IsTelling(server, failure))
+        {
+            return;
+        }
+
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
-            if (server.Contrary < (isDown ? settings.CheckFall : settings.CheckRise) || server.Contrary == 0)
+            if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
-                return;
+                server.Contrary = 0;
+                Turn(server, isDown, isDown ? $"check: {failure!.Words}" : "check passed", now);
+                server.Until = isDown ? long.MaxValue : now;
             }
-
-            server.Contrary = 0;
-            server.IsCheckedDown = isDown;
-            server.BackSince = isDown || Servers.Length == 1 ? 0 : now;
-            isNews = !isDown || !IsMarked(server);
-            if (!isDown)
-            {
-                (server.Fails, server.DownUntil) = (0, 0); // the failed connects before it were of the same illness
-            }
-        }
-
-        if (isNews)
-        {
-            log.ServerState(route, server.Title, !isDown, isDown ? $"check: {failure}" : "check passed");
         }
     }
 
-    private bool IsMarked(Server server) => _isMarking && server.Fails >= settings.MaxFails;
+    /// <summary>What failed was the server, or perhaps its address; that descriptors are short is no fault of its.</summary>
+    private static bool IsTelling(Server server, CloseReason? failure)
+    {
+        if (failure is not null)
+        {
+            server.Resolver?.Doubt();
+        }
+
+        return failure is not { IsWorthRetry: false };
+    }
+
+    private void Turn(Server server, bool isDown, string reason, long now)
+    {
+        if (server.IsDown != isDown)
+        {
+            (server.IsDown, server.Fails) = (isDown, 0);
+            server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
+            log.ServerState(route, server.Title, !isDown, reason);
+        }
+    }
 }
 
 /// <summary>Consistent hashing (Eisenbud et al., Maglev, NSDI 2016, 3.4): each server goes through the table in an order of
@@ -2571,14 +2908,12 @@ internal static class Maglev
 internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 {
     private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
-    private int _count;
-    private int _picky; // of them
+    private int _holding; // of them: who is not picky
 
-    internal TimeSpan Patience { get; } = patience;
-    internal int Count => Volatile.Read(ref _count);
+    internal int Count => _waiters.Count;
 
     /// <summary>Whoever comes now has to wait as well.</summary>
-    internal bool IsHeldUp => Volatile.Read(ref _count) > Volatile.Read(ref _picky);
+    internal bool IsHeldUp => Volatile.Read(ref _holding) > 0;
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
@@ -2586,7 +2921,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     internal Task<CloseReason?> EnterAsync(
         Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, Environment.TickCount64) { HasSpoken = hasSpoken };
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience));
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -2595,15 +2930,14 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (_count >= most)
+            if (_waiters.Count >= most)
             {
                 waiter.Outcome.SetResult(full);
                 return;
             }
 
-            _waiters.AddLast(waiter.Node);
-            _count++;
-            _picky += waiter.IsPicky ? 1 : 0;
+            waiter.Node = _waiters.AddLast(waiter);
+            _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
         }
@@ -2612,6 +2946,11 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     /// <summary>Lets in who can be.</summary>
     internal void Serve()
     {
+        if (_waiters.Count == 0)
+        {
+            return;
+        }
+
         lock (_waiters)
         {
             for (LinkedListNode<Waiter>? node = _waiters.First; node is not null;)
@@ -2634,81 +2973,51 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (waiter.Node.List is not null)
+            if (waiter.Node is { List: not null } node)
             {
-                _waiters.Remove(waiter.Node);
-                _count--;
-                _picky -= waiter.IsPicky ? 1 : 0;
+                _waiters.Remove(node);
+                _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
-    internal sealed class Waiter : Watched
+    internal sealed class Waiter(
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
     {
-        private readonly WaitingLine _line;
-        private readonly Socket? _client;
-        private readonly long _since;
-
-        internal Waiter(WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, long now)
-        {
-            (_line, TryEnter, _client, IsPicky, _since) = (line, tryEnter, client, isPicky, now);
-            Node = new LinkedListNode<Waiter>(this);
-        }
-
-        internal Func<bool> TryEnter { get; }
-        internal bool IsPicky { get; }
-        internal bool HasSpoken { get; init; }
-        internal LinkedListNode<Waiter> Node { get; }
+        internal Func<bool> TryEnter { get; } = tryEnter;
+        internal bool IsPicky { get; } = isPicky;
+        internal LinkedListNode<Waiter>? Node { get; set; } // its place
         internal TaskCompletionSource<CloseReason?> Outcome { get; } = new(TaskCreationOptions.RunContinuationsAsynchronously);
 
-        internal override void Stop() => _line.Remove(this, CloseReason.StoppedConnecting);
+        internal override void Stop() => line.Remove(this, CloseReason.StoppedConnecting);
 
         internal override bool Check(long now)
         {
-            if (_line.Patience > TimeSpan.Zero && now - _since >= _line.Patience.TotalMilliseconds)
+            bool hasLeft = client is not null && (hasSpoken ? SocketOptions.HasFailed(client) : SocketOptions.HasLeft(client));
+            if (now >= deadline || hasLeft)
             {
-                _line.Remove(this, CloseReason.QueueTimeout);
-            }
-            else if (_client is not null && (HasSpoken ? SocketOptions.HasFailed(_client) : SocketOptions.HasLeft(_client)))
-            {
-                _line.Remove(this, CloseReason.LeftQueue);
-            }
-            else
-            {
-                _line.Serve(); // a server may be back, which nobody says
+                line.Remove(this, hasLeft ? CloseReason.LeftQueue : CloseReason.QueueTimeout);
             }
 
+            line.Serve(); // a server may be back, which nobody says
             return true;
         }
     }
 }
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
-internal sealed class UpstreamPool
+internal sealed class UpstreamPool(
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
-    private readonly Upstream[] _upstreams;
-    private readonly Resolver[] _resolvers; // of those upstreams that are names
-    private readonly Balancer?[] _balancers; // one, or one a port where ranges are mapped; made when needed
-    private readonly PoolSettings _settings;
-    private readonly ConnectSettings _connect;
-    private readonly string _route;
-    private readonly Log _log;
+    private readonly Resolver?[] _resolvers = // null for what needs no look-up
+        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+    private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
+        new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private volatile bool _isChecking;
-
-    internal UpstreamPool(
-        List<UpstreamSettings> upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
-    {
-        (_settings, _connect, _route, _log) = (settings, connect, route, log);
-        _upstreams = [.. upstreams.ConvertAll(upstream => new Upstream(upstream, connect, route, log))];
-        _resolvers = Array.ConvertAll(Array.FindAll(_upstreams, u => u.Resolver is not null), u => u.Resolver!);
-        int ports = 1;
-        upstreams.ForEach(upstream => ports = Math.Max(ports, upstream.Address.PortCount));
-        _balancers = new Balancer?[ports];
-    }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
     /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
@@ -2716,27 +3025,26 @@ internal sealed class UpstreamPool
     internal async ValueTask<Connection> ConnectAsync(
         int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
     {
-        long deadline = _connect.Deadline(); // of the first server, the look-up of its name included
-        if (_resolvers.Length > 0 && Array.Exists(_resolvers, resolver => !resolver.IsFresh))
+        long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
+        if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: _resolvers.Length < _upstreams.Length, deadline);
+            await Resolver.RefreshAsync(_resolvers, deadline);
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = _settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
-        Upstream? only = _upstreams.Length == 1 ? _upstreams[0] : null;
-        Connection last = new(only, null, null, balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
+        Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
-        int retries = _connect.Retries;
-        while (true)
+        for (int retries = connect.Retries; ; deadline = Watched.Deadline(connect.Timeout))
         {
             bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
-            if (isFull && server is null)
+            if (isFull)
             {
                 (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
-                last = tried is null ? new Connection(only, null, null, refusal) : last;
-                deadline = _connect.Deadline();
+                last = tried is null ? new Connection(only, failure: refusal) : last;
+                deadline = Watched.Deadline(connect.Timeout);
             }
 
             if (server is null)
@@ -2745,7 +3053,7 @@ internal sealed class UpstreamPool
             }
 
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
-            last = racers is null ? await DialAsync(server, deadline) : await RaceAsync(racers, deadline);
+            last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
             {
                 return last;
@@ -2756,15 +3064,13 @@ internal sealed class UpstreamPool
             {
                 return last;
             }
-
-            deadline = _connect.Deadline();
         }
     }
 
     /// <summary>--wait-for: null when a server has answered, else why none did.</summary>
     internal static async Task<string?> WaitForAsync(UpstreamAddress address, TimeSpan timeout)
     {
-        long started = Environment.TickCount64;
+        long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
         UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
@@ -2772,38 +3078,40 @@ internal sealed class UpstreamPool
         while (true)
         {
             Connection connection = await pool.ConnectAsync(0);
-            connection.Release();
             connection.Socket?.Dispose();
-            if (connection.Failure is not { } failure)
+            if (connection.Failure is null || Environment.TickCount64 >= deadline)
             {
-                return null;
-            }
-
-            if (timeout > TimeSpan.Zero && Environment.TickCount64 - started >= timeout.TotalMilliseconds)
-            {
-                return $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
+                return connection.Failure is not { } failure ? null
+                    : $"--wait-for: {address.Text} did not answer within {Units.Text(timeout)}: {failure.Words}";
             }
 
             await Task.Delay(WaitPause);
         }
     }
 
+    /// <summary>--explain: the server that a client would get, as far as no name need be looked up.</summary>
+    internal string Explain(EndPoint? client)
+    {
+        string names = upstreams[0].ServerNames is { } list ? $" for {string.Join(',', list)}" : "";
+        string all = string.Join(", ", Array.ConvertAll(upstreams, upstream => upstream.Title
+            + (upstream.Weight == 1 ? "" : $" weight={upstream.Weight}") + (upstream.IsBackup ? " backup" : "")));
+        Server? server = Array.Exists(_resolvers, resolver => resolver is not null) ? null : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
+        string why = settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
+        string which = server is null ? "not known without a look-up" : $"{server.Title}, {why}";
+        return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
-        Balancer? balancer = Volatile.Read(ref place);
-        if (balancer is null)
+        if (Volatile.Read(ref place) is null)
         {
-            Balancer made = new(_upstreams, portIndex, _settings, _connect.Source, _route, _log);
-            made.Update();
-            balancer = Interlocked.CompareExchange(ref place, made, null) ?? made;
-        }
-        else if (_resolvers.Length > 0)
-        {
-            balancer.Update();
+            Balancer made = new(upstreams, _resolvers, portIndex, settings, connect.Source, route, log);
+            Interlocked.CompareExchange(ref place, made, null);
         }
 
-        return balancer;
+        place!.Update();
+        return place;
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
@@ -2816,78 +3124,58 @@ internal sealed class UpstreamPool
         return (server, refusal);
     }
 
-    /// <summary>Connects to a server in which a place has been taken; it is given back when that fails.</summary>
-    private async ValueTask<Connection> DialAsync(Server server, long deadline)
+    /// <summary>Connects to a server in which a place has been taken, or to the first to answer of those beside it, which then
+    /// has the place; it is given back when all fail.</summary>
+    private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
-        if (server.Targets.Length == 0)
-        {
-            return new Connection(server.Upstream, server, null, null);
-        }
-
+        Server? winner = null;
         try
         {
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-            Dialled(server, failure);
-            if (failure is null)
+            if (first.Targets.Length == 0)
             {
-                return new Connection(server.Upstream, server, dial, null);
+                return new Connection(first.Upstream, winner = first);
             }
 
-            server.Leave();
-            return new Connection(server.Upstream, null, null, failure);
-        }
-        catch
-        {
-            server.Leave();
-            throw;
-        }
-    }
-
-    /// <summary>The same with others beside it, the first of which may win: then the place is taken there.</summary>
-    private async ValueTask<Connection> RaceAsync(Server[] racers, long deadline)
-    {
-        Server first = racers[0];
-        try
-        {
-            List<Dial> failed = [];
-            (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(
-                Array.ConvertAll(racers, racer => racer.Targets[0]), _connect.Source, deadline, failed);
-            foreach (Dial loser in failed)
+            EndPoint[] targets = racers is null ? first.Targets : Array.ConvertAll(racers, racer => racer.Targets[0]);
+            List<Dial>? losers = racers is null ? null : [];
+            Dial dial = await Dialer.DialAsync(targets, connect.Source, deadline, losers);
+            CloseReason? failure = await dial.Outcome;
+            for (int i = 0; i < losers?.Count; i++)
             {
-                Dialled(OwnerOf(loser), await loser.Outcome!);
+                Server loser = OwnerOf(racers!, losers[i]);
+                loser.Balancer.Dialled(loser, await losers[i].Outcome, Environment.TickCount64);
             }
 
-            Server? winner = dial is null ? null : OwnerOf(dial);
-            if (winner is not null)
+            Server last = racers is null ? first : OwnerOf(racers, dial);
+            last.Balancer.Dialled(last, failure, Environment.TickCount64);
+            if (failure is not null)
             {
-                Dialled(winner, null);
-                Interlocked.Increment(ref winner.Active);
+                return new Connection(first.Upstream, failure: failure);
             }
 
-            return new Connection(first.Upstream, winner, dial, failure);
+            if (last != first)
+            {
+                Interlocked.Increment(ref last.Active);
+            }
+
+            return new Connection(first.Upstream, winner = last, dial);
         }
         finally
         {
-            first.Leave();
+            if (winner != first)
+            {
+                first.Leave();
+            }
         }
 
-        Server OwnerOf(Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
-    }
-
-    private static void Dialled(Server server, CloseReason? failure)
-    {
-        server.Balancer.Dialled(server, failure, Environment.TickCount64);
-        if (failure is not null)
-        {
-            server.Upstream.Resolver?.Doubt();
-        }
+        static Server OwnerOf(Server[] racers, Dial dial) => Array.Find(racers, racer => racer.Targets[0] == dial.Target)!;
     }
 
     // ---- active checks
 
     internal void StartChecks()
     {
-        if (_settings.Check > TimeSpan.Zero)
+        if (settings.Check > TimeSpan.Zero)
         {
             _isChecking = true;
             _ = CheckAllAsync();
@@ -2899,56 +3187,52 @@ internal sealed class UpstreamPool
     /// <summary>Begins to check each server, now and whenever the look-up of a name has found new ones.</summary>
     private async Task CheckAllAsync()
     {
-        List<Server> seen = [];
         do
         {
-            await Resolver.RefreshAsync(_resolvers, isKnown: false, _connect.Deadline());
-            List<Server> servers = [];
+            await Resolver.RefreshAsync(_resolvers, Watched.Deadline(connect.Timeout));
             for (int i = 0; i < _balancers.Length; i++)
             {
-                servers.AddRange(BalancerOf(i).Servers);
+                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && !one.IsChecked))
+                {
+                    _ = CheckAsync(server);
+                }
             }
 
-            servers.FindAll(server => server.Targets.Length > 0 && !seen.Contains(server))
-                .ForEach(server => _ = CheckAsync(server));
-            seen = servers;
-            await Task.Delay(_settings.Check);
+            await Task.Delay(settings.Check);
         }
-        while (_isChecking && _resolvers.Length > 0);
+        while (_isChecking && Array.Exists(_resolvers, resolver => resolver is not null));
     }
 
     private async Task CheckAsync(Server server)
     {
-        int interval = (int)_settings.Check.TotalMilliseconds;
+        int interval = (int)settings.Check.TotalMilliseconds;
+        server.IsChecked = true;
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
             CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking && failure is not { IsWorthRetry: false }) // out of descriptors is no fault of the server's
+            if (_isChecking)
             {
-                server.Balancer.Checked(server, failure?.Words, Environment.TickCount64);
-            }
-
-            if (failure is not null)
-            {
-                server.Upstream.Resolver?.Doubt();
+                server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
 
             await Task.Delay(interval - (interval / 10) + Random.Shared.Next((interval / 5) + 1));
         }
+
+        server.IsChecked = false;
     }
 
     private async Task<CloseReason?> ProbeAsync(Server server)
     {
-        TimeSpan time = _connect.Timeout > TimeSpan.Zero && _connect.Timeout < _settings.Check ? _connect.Timeout : _settings.Check;
+        TimeSpan time = connect.Timeout > TimeSpan.Zero && connect.Timeout < settings.Check ? connect.Timeout : settings.Check;
         long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
-        (Dial? dial, CloseReason? failure) = await Dialer.DialAsync(server.Targets, _connect.Source, deadline);
-        if (dial is null)
+        Dial dial = await Dialer.DialAsync(server.Targets, connect.Source, deadline);
+        if (await dial.Outcome is { } failure)
         {
             return failure;
         }
 
-        using Socket socket = dial.Socket;
+        using Socket socket = dial.Socket!;
         try
         {
             TimeSpan left = TimeSpan.FromMilliseconds(Math.Max(1, deadline - Environment.TickCount64));
@@ -2965,26 +3249,27 @@ internal sealed class UpstreamPool
     private async Task<bool> ConverseAsync(Socket socket)
     {
         const int Longest = 16 << 10; // bytes of an answer
-        byte[] words = new byte[ProxyHeader.LongestWritten + _settings.CheckSend.Length];
-        int header = _connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, _connect.SendProxy, null, null);
-        _settings.CheckSend.CopyTo(words, header);
-        if (header + _settings.CheckSend.Length > 0)
+        byte[] words = new byte[ProxyHeader.LongestWritten + settings.CheckSend.Length];
+        int length = connect.SendProxy == ProxyVersion.Off ? 0 : ProxyHeader.Write(words, connect.SendProxy, null, null);
+        settings.CheckSend.CopyTo(words, length);
+        length += settings.CheckSend.Length;
+        if (length > 0)
         {
-            await socket.SendAsync(words.AsMemory(0, header + _settings.CheckSend.Length), SocketFlags.None);
+            await socket.SendAsync(words.AsMemory(0, length), SocketFlags.None);
         }
 
-        byte[] answer = new byte[_settings.CheckExpect.Length > 0 ? Longest : 0];
-        int length = 0;
-        for (int received = 1; received > 0 && length < answer.Length; length += received)
+        byte[] answer = new byte[settings.CheckExpect.Length > 0 ? Longest : 0];
+        int received = 0;
+        for (length = 0; answer.AsSpan(0, length).IndexOf(settings.CheckExpect) < 0; length += received)
         {
-            received = await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None);
-            if (answer.AsSpan(0, length + received).IndexOf(_settings.CheckExpect) >= 0)
+            received = length < answer.Length ? await socket.ReceiveAsync(answer.AsMemory(length), SocketFlags.None) : 0;
+            if (received == 0)
             {
-                return true;
+                return false;
             }
         }
 
-        return answer.Length == 0;
+        return true;
     }
 }
 
@@ -2999,10 +3284,6 @@ internal sealed class ConnectSettings
     internal IPAddress? Source { get; set; }
     internal ProxyVersion SendProxy { get; set; }
 
-    /// <summary>When an attempt that begins now is given up (TickCount64).</summary>
-    internal long Deadline() => Timeout > TimeSpan.Zero
-        ? Environment.TickCount64 + (long)Timeout.TotalMilliseconds : long.MaxValue;
-
     internal ConnectSettings Clone() => (ConnectSettings)MemberwiseClone();
 }
 
@@ -3012,6 +3293,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private const int Moment = 250; // ms: how long a connection waits for a look-up that it could do without
     private const int LeastPause = 1000; // ms from one look-up to the next, whatever fails
 
+    private static int _changes;
+
     private readonly Lock _gate = new();
     private volatile IPAddress[] _addresses = [];
     private Task? _lookup; // the one that runs; under _gate
@@ -3019,25 +3302,33 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private long _answeredAt;
     private long _freshUntil = long.MinValue;
 
-    /// <summary>The last known ones; the same array as before when they have not changed.</summary>
+    /// <summary>Of all names: how often their addresses have.</summary>
+    internal static int Changes => Volatile.Read(ref _changes);
+
+    /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
+
+    /// <summary>Null for what needs no look-up.</summary>
+    internal static Resolver? For(UpstreamAddress address, ConnectSettings settings, string route, Log log) =>
+        address.Kind != AddressKind.Tcp || Known(address.Host) is not null ? null
+        : new Resolver(address.Host, settings.Resolve, route, log);
 
     /// <summary>What needs no look-up, or null.</summary>
     internal static IPAddress[]? Known(string host) => IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
         : host == "localhost" ? [IPAddress.Loopback, IPAddress.IPv6Loopback] // RFC 6761, 6.3
         : null;
 
-    /// <summary>Looks up what is not fresh. Where addresses are known, or <paramref name="isKnown"/> says that others are,
-    /// they serve when an answer takes longer than a moment.</summary>
-    internal static async Task RefreshAsync(Resolver[] resolvers, bool isKnown, long deadline)
+    /// <summary>Looks up what is not fresh. Where addresses are known (null: without looking), they serve when an answer takes
+    /// longer than a moment.</summary>
+    internal static async Task RefreshAsync(Resolver?[] resolvers, long deadline)
     {
         List<Task> lookups = [];
         long asked = 0;
-        foreach (Resolver resolver in resolvers)
+        foreach (Resolver? resolver in resolvers)
         {
-            if (!resolver.IsFresh)
+            if (resolver is { IsFresh: false })
             {
                 lookups.Add(resolver.LookUp());
                 asked = Math.Max(asked, resolver._askedAt);
@@ -3058,7 +3349,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         }
 
-        bool IsKnown() => isKnown || Array.Exists(resolvers, resolver => resolver._addresses.Length > 0);
+        bool IsKnown() => Array.Exists(resolvers, resolver => resolver is not { _addresses.Length: 0 });
     }
 
     /// <summary>The addresses did not answer: the name may have moved.</summary>
@@ -3081,8 +3372,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         try
         {
             // getaddrinfo blocks, and the pool is for what does not
-            found = Interleave(await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
-                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default));
+            found = Interleave([.. await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
+                CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)], ip => ip.AddressFamily);
         }
 #pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
         catch (Exception e)
@@ -3098,6 +3389,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         {
             _answeredAt = Environment.TickCount64;
             _addresses = isSame ? _addresses : found;
+            Interlocked.Add(ref _changes, isSame ? 0 : 1);
             _lookup = null;
             long time = failure is null ? (long)keep.TotalMilliseconds : Math.Min((long)keep.TotalMilliseconds, LeastPause);
             Volatile.Write(ref _freshUntil, _answeredAt + time);
@@ -3119,11 +3411,11 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     }
 
     /// <summary>RFC 8305, 4: the families in turn, beginning with that of the resolver's first choice (RFC 6724).</summary>
-    internal static IPAddress[] Interleave(IPAddress[] addresses)
+    internal static T[] Interleave<T>(List<T> items, Converter<T, AddressFamily> family)
+        where T : class
     {
-        List<IPAddress> first = [.. addresses];
-        List<IPAddress> second = first.FindAll(address => address.AddressFamily != addresses[0].AddressFamily);
-        first.RemoveAll(second.Contains);
+        List<T> second = items.FindAll(item => family(item) != family(items[0]));
+        List<T> first = items.FindAll(item => !second.Contains(item));
         for (int i = 0; i < second.Count; i++)
         {
             first.Insert(Math.Min((2 * i) + 1, first.Count), second[i]);
@@ -3134,46 +3426,38 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 }
 
 /// <summary>One attempt to connect to one address. Its socket is the caller's when it succeeds, else closed.</summary>
-internal sealed class Dial : Watched
+internal sealed class Dial : Patience
 {
-    private readonly long _deadline;
-    private CloseReason? _ended; // by the sweep, or Done: whoever is first
-
-    private Dial(Socket socket, EndPoint target, long deadline) => (Socket, Target, _deadline) = (socket, target, deadline);
-
-    internal Socket Socket { get; } // owned until it has succeeded
-    internal EndPoint Target { get; }
-    internal Task<CloseReason?>? Outcome { get; private set; }
-
-    /// <exception cref="SocketException">no socket: out of descriptors, or the source address is not ours</exception>
-    internal static Dial Start(EndPoint target, IPAddress? source, long deadline)
+    /// <summary>Begins at once.</summary>
+    internal Dial(EndPoint target, IPAddress? source, long deadline)
+        : base(null, deadline, CloseReason.StoppedConnecting)
     {
-        bool isUnix = target.AddressFamily == AddressFamily.Unix;
-        Socket socket = new(target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
-        try
-        {
-            if (!isUnix)
-            {
-                SocketOptions.Relay(socket);
-                SocketOptions.BindSource(socket, source);
-            }
-
-            return new Dial(socket, target, deadline);
-        }
-        catch (SocketException)
-        {
-            socket.Dispose();
-            throw;
-        }
+        Target = target;
+        Outcome = ConnectAsync(source);
     }
 
-    /// <summary>Null when connected, else why not.</summary>
-    internal Task<CloseReason?> RunAsync() => Outcome = ConnectAsync();
+    internal EndPoint Target { get; }
 
-    private async Task<CloseReason?> ConnectAsync()
+    /// <summary>Null when connected, else why not.</summary>
+    internal Task<CloseReason?> Outcome { get; }
+
+    private async Task<CloseReason?> ConnectAsync(IPAddress? source)
     {
+        bool isUnix = Target.AddressFamily == AddressFamily.Unix;
+        if (!isUnix && source is not null && source.AddressFamily != Target.AddressFamily)
+        {
+            return CloseReason.WrongFamily;
+        }
+
         try
         {
+            Socket = new(Target.AddressFamily, SocketType.Stream, isUnix ? ProtocolType.Unspecified : ProtocolType.Tcp);
+            if (!isUnix)
+            {
+                SocketOptions.Relay(Socket);
+                SocketOptions.BindSource(Socket, source);
+            }
+
             ValueTask connecting = Socket.ConnectAsync(Target, CancellationToken.None);
             if (!connecting.IsCompleted)
             {
@@ -3181,46 +3465,30 @@ internal sealed class Dial : Watched
             }
 
             await connecting;
-            if (IsLoop())
+            if (IsLoop(Socket))
             {
                 throw new SocketException((int)SocketError.ConnectionRefused);
             }
 
-            return Interlocked.CompareExchange(ref _ended, CloseReason.Done, null); // or the sweep was first
+            return Done(); // or the sweep was first
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            Socket.Dispose();
-            return _ended ?? CloseReason.OfConnect(e);
-        }
-        finally
-        {
-            Sweep.Remove(this);
+            Socket?.Dispose();
+            return Done() ?? CloseReason.OfConnect(e);
         }
     }
 
     /// <summary>Where nobody listens, a connect to an own port that the system picks for its near end as well succeeds:
     /// TCP's simultaneous open with itself.</summary>
-    private bool IsLoop() => Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(Socket.LocalEndPoint);
+    private bool IsLoop(Socket socket) =>
+        Target is IPEndPoint ip && IPAddress.IsLoopback(ip.Address) && Target.Equals(socket.LocalEndPoint);
 
-    internal override bool Check(long now)
+    /// <summary>Another was faster, perhaps by so little that this one has succeeded as well.</summary>
+    internal void Lose()
     {
-        if (now >= _deadline)
-        {
-            End(CloseReason.ConnectTimeout);
-        }
-
-        return true;
-    }
-
-    internal override void Stop() => End(CloseReason.StoppedConnecting);
-
-    internal void End(CloseReason reason)
-    {
-        if (Interlocked.CompareExchange(ref _ended, reason, null) is null)
-        {
-            Socket.Close(0); // makes the pending connect end
-        }
+        End(CloseReason.Outrun);
+        Socket?.Close(0);
     }
 }
 
@@ -3228,87 +3496,63 @@ internal static class Dialer
 {
     private const int AttemptDelay = 250; // ms: RFC 8305, 5, Connection Attempt Delay
 
-    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Those that
-    /// did not are added to <paramref name="failed"/>, those that were not waited for are not.</summary>
-    internal static async ValueTask<(Dial? Dial, CloseReason? Failure)> DialAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? failed = null)
+    /// <summary>Connects to the first of <paramref name="targets"/> that answers; the one deadline is for all. Returns that
+    /// attempt, or else the last one. The others that have failed are added to <paramref name="losers"/>, those that
+    /// were not waited for are not.</summary>
+    internal static async ValueTask<Dial> DialAsync(
+        EndPoint[] targets, IPAddress? source, long deadline, List<Dial>? losers = null)
     {
-        CloseReason noTarget = targets.Length == 0 ? CloseReason.NotResolved : CloseReason.WrongFamily;
-        if (source is not null)
+        if (targets.Length > 1)
         {
-            targets = Array.FindAll(targets, target => target.AddressFamily == source.AddressFamily
-                || target.AddressFamily == AddressFamily.Unix);
+            return await RaceAsync(targets, source, deadline, losers ?? []);
         }
 
-        if (targets.Length != 1)
-        {
-            return targets.Length == 0 ? (null, noTarget) : await RaceAsync(targets, source, deadline, failed ?? []);
-        }
-
-        (Dial? dial, CloseReason? failure) = Start(targets[0], source, deadline);
-        failure ??= await dial!.RunAsync();
-        return failure is null ? (dial, null) : (null, failure);
-    }
-
-    private static (Dial? Dial, CloseReason? Failure) Start(EndPoint target, IPAddress? source, long deadline)
-    {
-        try
-        {
-            return (Dial.Start(target, source, deadline), null);
-        }
-        catch (SocketException e)
-        {
-            return (null, CloseReason.OfConnect(e));
-        }
+        Dial dial = new(targets[0], source, deadline);
+        await dial.Outcome;
+        return dial;
     }
 
     /// <summary>RFC 8305: the next address is tried when the last one failed or has not answered for a while; the
     /// first to connect wins and the others are closed.</summary>
-    private static async Task<(Dial? Dial, CloseReason? Failure)> RaceAsync(
-        EndPoint[] targets, IPAddress? source, long deadline, List<Dial> failed)
+    private static async Task<Dial> RaceAsync(EndPoint[] targets, IPAddress? source, long deadline, List<Dial> losers)
     {
         List<Dial> running = [];
-        CloseReason? failure = null;
         for (int next = 0; next < targets.Length || running.Count > 0;)
         {
             if (next < targets.Length)
             {
-                (Dial? dial, failure) = Start(targets[next++], source, deadline);
-                if (dial is not null)
-                {
-                    _ = dial.RunAsync();
-                    running.Add(dial);
-                }
+                running.Add(new Dial(targets[next++], source, deadline));
             }
 
             await AnyEndAsync(running, next < targets.Length);
             for (int i = running.Count - 1; i >= 0; i--)
             {
                 Dial dial = running[i];
-                if (dial.Outcome!.IsCompleted)
+                if (dial.Outcome.IsCompleted)
                 {
-                    failure = await dial.Outcome;
                     running.RemoveAt(i);
-                    if (failure is null)
+                    if (await dial.Outcome is null)
                     {
-                        running.ForEach(loser => loser.End(CloseReason.Outrun));
-                        failed.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
-                        return (dial, null);
+                        running.ForEach(loser => loser.Lose());
+                        losers.AddRange(running.GetRange(0, i)); // those before it have had their delay, and kept silent
+                        return dial;
                     }
 
-                    failed.Add(dial);
+                    losers.Add(dial);
                 }
             }
         }
 
-        return (null, failure);
+        Dial last = losers[^1];
+        losers.Remove(last);
+        return last;
     }
 
     private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
     {
-        if (running.Count > 0 && !running[^1].Outcome!.IsCompleted)
+        if (!running[^1].Outcome.IsCompleted)
         {
-            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome!));
+            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome));
             await (hasNext ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
                 .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
         }
@@ -3367,61 +3611,7 @@ internal sealed class Rates(BridgeSettings settings)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
-/// words. An orderly end closes with FIN, any other resets both sides.</summary>
-internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
-{
-    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
-    internal static readonly CloseReason ClientReset = new("CD", "client reset");
-    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
-    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
-    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
-    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
-    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
-    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
-    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
-    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
-    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
-    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
-    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
-    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
-    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
-    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
-    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
-    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
-    internal static readonly CloseReason NoServer = new("SC", "no server");
-    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
-    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
-    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
-    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
-    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
-
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-    internal bool IsOrderly { get; } = isOrderly;
-
-    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
-    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
-
-    /// <summary>The failure is this server's, so another may do better.</summary>
-    internal bool IsWorthRetry { get; } = isWorthRetry;
-
-    /// <summary>What nobody expected: a defect of ours.</summary>
-    internal Exception? Error { get; } = error;
-
-    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
-
-    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
-        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
-        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
-        : OfServer(Text.Reason(error));
-
-    /// <summary>What is the server's fault, in so many words.</summary>
-    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
-}
-
-internal sealed class Bridge : PumpOwner
+internal class Bridge : PumpOwner
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -3541,7 +3731,7 @@ internal sealed class Bridge : PumpOwner
     }
 
     /// <summary>Closes both sockets for the first reason that was given; whatever pends on them ends.</summary>
-    private void Abort(CloseReason reason)
+    protected void Abort(CloseReason reason)
     {
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
@@ -4364,6 +4554,36 @@ internal enum ProxyVersion
     V2,
 }
 
+/// <summary>Takes numbers and vectors (a length and as many bytes) off the front, in the order of the network. From the
+/// first that is not all there, everything is empty.</summary>
+internal ref struct Cursor(ReadOnlySpan<byte> bytes)
+{
+    internal ReadOnlySpan<byte> Rest { get; private set; } = bytes;
+    internal bool IsCut { get; private set; }
+
+    internal ReadOnlySpan<byte> Take(int length)
+    {
+        IsCut |= length > Rest.Length;
+        ReadOnlySpan<byte> taken = IsCut ? default : Rest[..length];
+        Rest = IsCut ? default : Rest[length..];
+        return taken;
+    }
+
+    internal uint Number(int size)
+    {
+        uint number = 0;
+        foreach (byte b in Take(size))
+        {
+            number = (number << 8) | b;
+        }
+
+        return number;
+    }
+
+    /// <summary>The length has <paramref name="prefix"/> bytes: one or two.</summary>
+    internal ReadOnlySpan<byte> Vector(int prefix) => Take((int)Number(prefix));
+}
+
 /// <summary>The PROXY protocol, as haproxy.org's doc/proxy-protocol.txt has it.</summary>
 internal static class ProxyHeader
 {
@@ -4382,6 +4602,7 @@ internal static class ProxyHeader
     private const int UnixSize = 2 * UnixPath;
     private const int UnixPath = 108;
     private const int ChecksumType = 0x03; // PP2_TYPE_CRC32C
+    private const int ChecksumSize = 4;
 
     private static ReadOnlySpan<byte> SignatureV1 => "PROXY "u8;
 
@@ -4413,14 +4634,9 @@ internal static class ProxyHeader
 
         string line = Encoding.UTF8.GetString(bytes[..end]);
         string[] words = line.Split(' ');
-        bool isV6 = words[1] == "TCP6";
-        IPEndPoint? from = null;
-        IPEndPoint? to = null;
-        if (words.Length == 6 && (isV6 || words[1] == "TCP4"))
-        {
-            (from, to) = (Read(words[2], words[4], isV6), Read(words[3], words[5], isV6));
-        }
-
+        bool isTcp = words.Length == 6 && words[1] is "TCP4" or "TCP6";
+        IPEndPoint? from = isTcp ? Read(words[2], words[4], words[1]) : null;
+        IPEndPoint? to = isTcp ? Read(words[3], words[5], words[1]) : null;
         bool isKnown = from is not null && to is not null;
         (source, destination) = isKnown ? (from, to) : (null, null);
         wrong = isKnown || words[1] == "UNKNOWN" ? null : $"malformed PROXY header '{line}'";
@@ -4428,10 +4644,9 @@ internal static class ProxyHeader
     }
 
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
-    private static IPEndPoint? Read(string address, string port, bool isV6) =>
+    private static IPEndPoint? Read(string address, string port, string family) =>
         address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
-            && ip.AddressFamily == (isV6 ? AddressFamily.InterNetworkV6 : AddressFamily.InterNetwork)
-            && (isV6 || ip.ToString() == address)
+            && (ip.AddressFamily == AddressFamily.InterNetworkV6 ? family == "TCP6" : family == "TCP4" && ip.ToString() == address)
             && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
             && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
             ? new IPEndPoint(ip, number) : null;
@@ -4454,22 +4669,21 @@ internal static class ProxyHeader
             return 0;
         }
 
-        int half = Fixed + (family == Tcp4 ? 4 : 16);
+        Cursor rest = new(bytes[Fixed..end]);
         if (!isLocal && family is Tcp4 or Tcp6)
         {
-            source = Read(bytes[Fixed..half], bytes[(addresses - 4)..]);
-            destination = Read(bytes[half..(addresses - 4)], bytes[(addresses - 2)..]);
+            IPAddress from = new(rest.Take(family == Tcp4 ? 4 : 16));
+            IPAddress to = new(rest.Take(family == Tcp4 ? 4 : 16));
+            source = new IPEndPoint(from, (int)rest.Number(2));
+            destination = new IPEndPoint(to, (int)rest.Number(2));
         }
         else if (!isLocal && family == UnixStream)
         {
-            source = ReadPath(bytes.Slice(Fixed, UnixPath));
-            destination = ReadPath(bytes.Slice(Fixed + UnixPath, UnixPath));
+            source = ReadPath(rest.Take(UnixPath));
+            destination = ReadPath(rest.Take(UnixPath));
         }
 
         return end;
-
-        static IPEndPoint Read(ReadOnlySpan<byte> address, ReadOnlySpan<byte> port) =>
-            new(new IPAddress(address), BinaryPrimitives.ReadUInt16BigEndian(port));
     }
 
     /// <summary>Null when it has no name, as a client's socket mostly, or none that can be said.</summary>
@@ -4483,22 +4697,21 @@ internal static class ProxyHeader
     /// <summary>TLVs are passed over, but a checksum must be right.</summary>
     private static string? CheckExtensions(ReadOnlySpan<byte> header, int at)
     {
-        while (at < header.Length)
+        Cursor extensions = new(header[at..]);
+        while (!extensions.Rest.IsEmpty)
         {
-            int value = at + 3;
-            int end = value <= header.Length ? value + BinaryPrimitives.ReadUInt16BigEndian(header[(at + 1)..]) : int.MaxValue;
-            if (end > header.Length)
+            bool isChecksum = extensions.Number(1) == ChecksumType;
+            Cursor value = new(extensions.Vector(2));
+            if (extensions.IsCut)
             {
                 return "PROXY header with a cut extension";
             }
 
-            if (header[at] == ChecksumType
-                && (end != value + 4 || BinaryPrimitives.ReadUInt32BigEndian(header[value..]) != Checksum(header, value)))
+            int field = header.Length - extensions.Rest.Length - ChecksumSize;
+            if (isChecksum && (value.Rest.Length != ChecksumSize || value.Number(ChecksumSize) != Checksum(header, field)))
             {
                 return "PROXY header with a wrong checksum";
             }
-
-            at = end;
         }
 
         return null;
@@ -4510,7 +4723,7 @@ internal static class ProxyHeader
         uint crc = uint.MaxValue;
         for (int i = 0; i < header.Length; i++)
         {
-            crc = BitOperations.Crc32C(crc, i >= field && i < field + 4 ? (byte)0 : header[i]);
+            crc = BitOperations.Crc32C(crc, i >= field && i < field + ChecksumSize ? (byte)0 : header[i]);
         }
 
         return ~crc;
@@ -4581,20 +4794,14 @@ internal static class ServerName
     {
         name = null;
         byte[] message = ArrayPool<byte>.Shared.Rent(bytes.Length);
-        try
+        int taken = Gather(bytes, message, out int length, out wrong);
+        if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
         {
-            int taken = Gather(bytes, message, out int length, out wrong);
-            if (taken > 0 && !Find(message.AsSpan(MessageHeader, length), ref name))
-            {
-                (taken, wrong) = (0, "a malformed TLS hello");
-            }
+            (taken, wrong) = (0, "a malformed TLS hello");
+        }
 
-            return taken;
-        }
-        finally
-        {
-            ArrayPool<byte>.Shared.Return(message);
-        }
+        ArrayPool<byte>.Shared.Return(message);
+        return taken;
     }
 
     /// <summary>The first message out of the records that carry it.</summary>
@@ -4628,44 +4835,32 @@ internal static class ServerName
     }
 
     /// <summary>RFC 8446, 4.1.2. False when it is malformed.</summary>
-    private static bool Find(ReadOnlySpan<byte> hello, ref string? name)
+    private static bool Find(ReadOnlySpan<byte> message, ref string? name)
     {
         const int VersionAndRandom = 34; // bytes
-        if (hello.Length < VersionAndRandom || hello[0] != 3)
+        Cursor hello = new(message);
+        if (hello.Take(VersionAndRandom) is not [3, ..])
         {
             return false;
         }
 
-        ReadOnlySpan<byte> rest = hello[VersionAndRandom..];
-        bool isGood = Take(ref rest, 1, out _) && Take(ref rest, 2, out _) && Take(ref rest, 1, out _); // session, ciphers, ...
-        ReadOnlySpan<byte> extensions = default;
-        isGood = isGood && (rest.IsEmpty || Take(ref rest, 2, out extensions)); // TLS 1.2 may do without
-        while (isGood && extensions.Length > 0)
+        hello.Vector(1); // the session
+        hello.Vector(2); // ciphers
+        hello.Vector(1); // compression
+        Cursor extensions = new(hello.Rest.IsEmpty ? default : hello.Vector(2)); // TLS 1.2 may do without
+        while (!extensions.Rest.IsEmpty)
         {
-            bool isName = extensions.StartsWith((ReadOnlySpan<byte>)[0, 0]);
-            isGood = Take(ref extensions, 2, out ReadOnlySpan<byte> extension, skip: 2);
-            if (isGood && isName)
+            bool isName = extensions.Number(2) == 0;
+            Cursor extension = new(extensions.Vector(2));
+            if (isName)
             {
-                // a list of one name, of the one type that there is: 0
-                return Take(ref extension, 2, out ReadOnlySpan<byte> list) && list.Length > 0 && list[0] == 0
-                    && Take(ref list, 2, out ReadOnlySpan<byte> host, skip: 1)
-                    && (name = Read(Encoding.UTF8.GetString(host))) is not null;
+                Cursor list = new(extension.Vector(2)); // of one name, of the one type that there is: 0
+                name = list.Number(1) == 0 ? Read(Encoding.UTF8.GetString(list.Vector(2))) : null;
+                return name is not null;
             }
         }
 
-        return isGood;
-    }
-
-    /// <summary>Cuts a vector with a length of so many bytes, after <paramref name="skip"/> others, off the front.</summary>
-    private static bool Take(scoped ref ReadOnlySpan<byte> rest, int prefix, out ReadOnlySpan<byte> vector, int skip = 0)
-    {
-        int start = skip + prefix;
-        int length = rest.Length < start ? int.MaxValue
-            : prefix == 1 ? rest[skip] : BinaryPrimitives.ReadUInt16BigEndian(rest[skip..]);
-        bool isThere = length <= rest.Length - start;
-        vector = isThere ? rest.Slice(start, length) : default;
-        rest = isThere ? rest[(start + length)..] : rest;
-        return isThere;
+        return !hello.IsCut && !extensions.IsCut;
     }
 
     /// <summary>In lower case; null when it is none.</summary>
@@ -4693,77 +4888,58 @@ internal static class ServerName
 
 internal sealed class PrereadSettings
 {
-    private const string Unix = "unix";
-
-    private IPNetwork[] _senders = [];
-    private bool _isFromUnix;
+    private Network[] _senders = [];
 
     internal TimeSpan Timeout { get; set; } // zero = off
-    internal bool HasSenders => _isFromUnix || _senders.Length > 0;
+    internal bool HasSenders => _senders.Length > 0;
 
     internal PrereadSettings Clone() => (PrereadSettings)MemberwiseClone();
 
     /// <summary>Who must send a PROXY header: CIDR[,CIDR...], where unix stands for whoever comes by a unix socket.</summary>
     /// <exception cref="FormatException">one is no network</exception>
-    internal void AcceptProxy(string text)
-    {
-        string[] words = text == "off" ? [] : text.Split(',');
-        _isFromUnix = Array.IndexOf(words, Unix) >= 0;
-        _senders = Array.ConvertAll(Array.FindAll(words, word => word != Unix), Network.Parse);
-    }
+    internal void AcceptProxy(string text) =>
+        _senders = Array.ConvertAll(text == "off" ? [] : text.Split(','), Network.Parse);
 
-    internal bool IsSender(EndPoint? client) => client is not IPEndPoint ip ? _isFromUnix
-        : Array.Exists(_senders, network => Network.Has(network, ip.Address));
+    internal bool IsSender(EndPoint? client)
+    {
+        Network address = Network.Of(client);
+        return Array.Exists(_senders, sender => sender.Has(address));
+    }
 }
 
-/// <summary>Why it went no further: HAProxy's two letters, and words.</summary>
-internal sealed class Refusal(string code, string words)
+/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends. Whoever is first says so.</summary>
+internal class Patience(Socket? socket, long deadline, CloseReason stopped) : Watched
 {
-    internal string Code { get; } = code;
-    internal string Words { get; } = words;
-}
+    private CloseReason? _end; // Done: it came in time
 
-/// <summary>Closes a socket that is waited for in vain: it is late, or the process ends.</summary>
-internal sealed class Patience : Watched, IDisposable
-{
-    private readonly Socket _socket; // not owned, but closed when it is over
-    private readonly long _deadline;
-    private readonly string _late; // HAProxy's letters of the two
-    private readonly string _stopped;
-    private string? _end; // one of them, or "" when it came in time: whoever is first
+    internal Socket? Socket { get; private protected set; } = socket; // not owned
+    internal CloseReason Late { get; set; } = CloseReason.ConnectTimeout;
 
-    internal Patience(Socket socket, TimeSpan time, string late, string stopped)
+    /// <summary>What was waited for has happened. Null, or why the socket was closed before.</summary>
+    internal CloseReason? Done()
     {
-        (_socket, _late, _stopped) = (socket, late, stopped);
-        _deadline = time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
-        Sweep.Add(this);
+        Sweep.Remove(this);
+        return Interlocked.CompareExchange(ref _end, CloseReason.Done, null);
     }
-
-    public void Dispose() => Sweep.Remove(this);
-
-    /// <summary>What was waited for has happened: <paramref name="refusal"/> or null is the outcome, unless the socket was
-    /// closed before.</summary>
-    internal Refusal? End(Refusal? refusal, string lateWords) =>
-        Interlocked.CompareExchange(ref _end, "", null) is not { } end ? refusal
-        : new Refusal(end, end == _late ? lateWords : "shutdown");
 
     internal override bool Check(long now)
     {
-        if (now >= _deadline)
+        if (now >= deadline)
         {
-            Close(_late);
+            End(Late);
         }
 
         return true;
     }
 
-    internal override void Stop() => Close(_stopped);
+    internal override void Stop() => End(stopped);
 
-    private void Close(string end)
+    private protected void End(CloseReason reason)
     {
-        if (Interlocked.CompareExchange(ref _end, end, null) is null)
+        if (Interlocked.CompareExchange(ref _end, reason, null) is null)
         {
-            _socket.Close(0); // a reset, which also makes the pending receive or send end
+            Sweep.Remove(this);
+            Socket?.Close(0); // a reset, which also makes the pending connect, receive or send end
         }
     }
 }
@@ -4803,38 +4979,37 @@ internal sealed class FirstBytes : IDisposable
     internal byte[] Copy(int length) => _buffer.AsSpan(_start, length).ToArray();
 
     /// <summary>Null when all that was asked for has come.</summary>
-    internal async Task<Refusal?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
+    internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
     {
-        using Patience patience = new(client, time, "cR", "KR");
-        Refusal? refusal;
+        Patience patience = new(client, Watched.Deadline(time), CloseReason.StoppedReading);
+        patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
+        Sweep.Add(patience);
+        CloseReason? refusal = null;
         try
         {
             await client.ReceiveAsync(Memory<byte>.Empty, SocketFlags.None); // who says nothing holds no buffer
-            do
+            while (refusal is null && (isHeader || isHello))
             {
                 Grow();
                 int length = await client.ReceiveAsync(_buffer.AsMemory(_end), SocketFlags.None);
                 _end += length;
-                refusal = Understand(ref isHeader, ref isHello);
-                if (refusal is null && (isHeader || isHello))
-                {
-                    refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
-                        : _end >= Most ? new("PR", $"{What(isHeader)} too long") : null;
-                }
+                refusal = length == 0 ? new("CR", $"client closed before the end of the {What(isHeader)}")
+                    : Understand(ref isHeader, ref isHello)
+                    ?? (_end >= Most && (isHeader || isHello) ? new("PR", $"{What(isHeader)} too long") : null);
+                patience.Late = isHeader ? CloseReason.HeaderTimeout : CloseReason.HelloTimeout;
             }
-            while (refusal is null && (isHeader || isHello));
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
             refusal = new("CR", "client reset");
         }
 
-        return patience.End(refusal, $"no {What(isHeader)} in time");
+        return patience.Done() ?? refusal;
     }
 
     private static string What(bool isHeader) => isHeader ? "PROXY header" : "TLS hello";
 
-    private Refusal? Understand(ref bool isHeader, ref bool isHello)
+    private CloseReason? Understand(ref bool isHeader, ref bool isHello)
     {
         if (isHeader)
         {
@@ -4842,7 +5017,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new Refusal("PR", wrong);
+                return new CloseReason("PR", wrong);
             }
 
             (Source, Destination) = (source, destination);
@@ -4880,20 +5055,21 @@ internal sealed class FirstBytes : IDisposable
     }
 
     /// <summary>Sends the first <paramref name="length"/> bytes. Null when they are sent.</summary>
-    internal async Task<Refusal?> SendAsync(Socket target, int length, TimeSpan time)
+    internal async Task<CloseReason?> SendAsync(Socket target, int length, TimeSpan time)
     {
-        using Patience patience = new(target, time, "sC", "KC");
-        Refusal? refusal = null;
+        Patience patience = new(target, Watched.Deadline(time), CloseReason.StoppedConnecting);
+        Sweep.Add(patience);
+        CloseReason? failure = null;
         try
         {
             await target.SendAsync(_buffer.AsMemory(_start, length), SocketFlags.None);
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            refusal = new("SD", "upstream reset");
+            failure = CloseReason.UpstreamReset;
         }
 
-        return patience.End(refusal, "connect timeout");
+        return patience.Done() ?? failure;
     }
 }
 
@@ -4901,6 +5077,63 @@ internal sealed class FirstBytes : IDisposable
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
 // counted, and the count is said when the reader is back.
+
+/// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
+/// words. An orderly end closes with FIN, any other resets both sides.</summary>
+internal sealed class CloseReason(
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+{
+    internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
+    internal static readonly CloseReason ClientReset = new("CD", "client reset");
+    internal static readonly CloseReason UpstreamReset = new("SD", "upstream reset");
+    internal static readonly CloseReason IdleTimeout = new("cD", "idle timeout");
+    internal static readonly CloseReason ClientFinTimeout = new("cD", "fin timeout");
+    internal static readonly CloseReason UpstreamFinTimeout = new("sD", "fin timeout");
+    internal static readonly CloseReason MaxLifetime = new("PD", "max lifetime");
+    internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
+    internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
+    internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
+    internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
+    internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
+    internal static readonly CloseReason HelloTimeout = new("cR", "no TLS hello in time");
+    internal static readonly CloseReason LimitReached = new("PC", "connection limit", isOrderly: true);
+    internal static readonly CloseReason RateReached = new("PC", "connect rate", isOrderly: true);
+    internal static readonly CloseReason AddressLimitReached = new("PC", "connection limit of the address", isOrderly: true);
+    internal static readonly CloseReason AddressRateReached = new("PC", "connect rate of the address", isOrderly: true);
+    internal static readonly CloseReason ServersFull = new("PQ", "servers full", isOrderly: true);
+    internal static readonly CloseReason QueueTimeout = new("sQ", "queue timeout", isOrderly: true);
+    internal static readonly CloseReason LeftQueue = new("CQ", "client left");
+    internal static readonly CloseReason NoServer = new("SC", "no server");
+    internal static readonly CloseReason OutOfDescriptors = new("RC", "out of descriptors");
+    internal static readonly CloseReason NotResolved = new("SC", "name not resolved", isWorthRetry: true);
+    internal static readonly CloseReason WrongFamily = new("SC", "no address of the source's family", isWorthRetry: true);
+    internal static readonly CloseReason Outrun = new("sC", "no answer while another address gave one", isWorthRetry: true);
+    internal static readonly CloseReason ConnectTimeout = new("sC", "connect timeout", isWorthRetry: true);
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+    internal bool IsOrderly { get; } = isOrderly;
+
+    /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
+    internal bool IsRefusal => Code is "PC" or "PR" or "PQ";
+
+    /// <summary>The failure is this server's, so another may do better.</summary>
+    internal bool IsWorthRetry { get; } = isWorthRetry;
+
+    /// <summary>What nobody expected: a defect of ours.</summary>
+    internal Exception? Error { get; } = error;
+
+    internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
+
+    internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
+        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
+        : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
+        : OfServer(Text.Reason(error));
+
+    /// <summary>What is the server's fault, in so many words.</summary>
+    internal static CloseReason OfServer(string words) => new("SC", words, isWorthRetry: true);
+}
 
 internal enum LogFormat
 {
@@ -5276,6 +5509,10 @@ internal sealed class Log : IDisposable
 internal abstract class Watched
 {
     internal int Place { get; set; } = -1; // in the sweep's list; -1 = not there
+
+    /// <summary>When what begins now has taken <paramref name="time"/> (TickCount64); never for zero.</summary>
+    internal static long Deadline(TimeSpan time) =>
+        time > TimeSpan.Zero ? Environment.TickCount64 + (long)time.TotalMilliseconds : long.MaxValue;
 
     /// <summary>Called now and then by the sweep's thread, possibly once more after it was removed. False when nothing
     /// has happened since the last time.</summary>
@@ -5731,9 +5968,28 @@ internal static class Descriptors
     }
 }
 
-/// <summary>Files that others wait for: they appear whole, or not at all.</summary>
+/// <summary>Files that others wait for: they appear whole, or not at all. And those that are read as a whole.</summary>
 internal static class WholeFile
 {
+    /// <summary>Without the mark that Windows' editors put in front.</summary>
+    /// <exception cref="FormatException">it cannot be read, or is larger than <paramref name="most"/></exception>
+    internal static ReadOnlySpan<byte> Read(string path, int most)
+    {
+        try
+        {
+            using FileStream stream = new(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite | FileShare.Delete, bufferSize: 0);
+            byte[] bytes = new byte[stream.CanSeek && stream.Length is > 0 and long size && size < most ? size + 1 : most + 1];
+            int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
+            ReadOnlySpan<byte> text = length < bytes.Length ? bytes.AsSpan(0, length) : throw new FormatException(
+                length > most ? $"{path} is larger than {most >> 20} MB" : $"{path} has grown while it was read");
+            return text.StartsWith("\ufeff"u8) ? text[3..] : text;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new FormatException($"cannot read {path}: {Text.Reason(e)}");
+        }
+    }
+
     /// <summary>True when it is ours to remove: a device such as /dev/stdout is written into, not replaced.</summary>
     internal static bool Write(string path, string text)
     {
@@ -6160,36 +6416,93 @@ internal sealed class UpstreamAddress : Address
     }
 }
 
-/// <summary>Networks as people write them: 10.0.0.0/8, 2001:db8::/32, or one address. IPv4 within IPv6 is IPv4.</summary>
-internal static class Network
+/// <summary>A network; one address, which is a network of itself alone; or all who come by a unix socket. IPv4 stands as
+/// ::ffff:a.b.c.d, however it was written (RFC 4291, 2.5.5.2), and yet apart from IPv6: ::/0 is not about it.</summary>
+internal readonly struct Network : IComparable<Network> // 24 bytes: lists may be long
 {
-    private const int Mapped = 96; // bits in front of the IPv4 address in ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
+    private const int Mapped = 96; // bits in front of the IPv4 address
+    private const byte V4 = 4; // families
+    private const byte V6 = 6;
 
-    /// <exception cref="FormatException">it is no network</exception>
-    internal static IPNetwork Parse(string text)
+    private readonly ulong _high;
+    private readonly ulong _low;
+    private readonly byte _bits; // of 128
+    private readonly byte _family; // 0 = unix
+
+    private Network(IPAddress address, int bits, int line)
     {
-        int slash = text.IndexOf('/', StringComparison.Ordinal);
-        string host = slash < 0 ? text : text[..slash];
-        if (!IPAddress.TryParse(host, out IPAddress? address)
-            || (!host.Contains(':', StringComparison.Ordinal) && host.Split('.').Length != 4))
-        {
-            throw new FormatException($"'{text}' is not a network; write 10.0.0.0/8, 2001:db8::/32 or an address");
-        }
-
-        int bits = address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
-        int prefix = slash < 0 ? bits : Units.ParseCount(text[(slash + 1)..], most: bits);
-        if (address.IsIPv4MappedToIPv6 && prefix >= Mapped)
-        {
-            (address, prefix) = (address.MapToIPv4(), prefix - Mapped);
-        }
-
-        IPNetwork network = new(address, prefix);
-        return network.BaseAddress.Equals(address) ? network
-            : throw new FormatException($"'{text}' has bits beyond its prefix; did you mean '{network}'?");
+        Span<byte> bytes = stackalloc byte[16];
+        bool isShort = BitsOf(address) == 32;
+        bytes.Clear();
+        bytes[10..12].Fill(byte.MaxValue);
+        address.TryWriteBytes(isShort ? bytes[12..] : bytes, out _);
+        (_high, _low) = (BinaryPrimitives.ReadUInt64BigEndian(bytes), BinaryPrimitives.ReadUInt64BigEndian(bytes[8..]));
+        _bits = (byte)(isShort ? Mapped + bits : bits);
+        _family = isShort || (address.IsIPv4MappedToIPv6 && bits >= Mapped) ? V4 : V6;
+        Line = line;
     }
 
-    internal static bool Has(IPNetwork network, IPAddress address) =>
-        network.Contains(address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : address);
+    internal int Line { get; private init; } // of the list that it stands in
+    internal UInt128 First => new(_high, _low);
+    internal bool IsV4 => _family == V4;
+    internal bool IsUnix => _family == 0;
+
+    /// <summary>For a search: it stands behind all that have it.</summary>
+    internal Network AfterAll => this with { Line = int.MaxValue };
+
+    /// <summary>The address of a client.</summary>
+    internal static Network Of(EndPoint? client) => client is not IPEndPoint { Address: var address } ? default
+        : new Network(address, BitsOf(address), 0);
+
+    /// <exception cref="FormatException">it is no network</exception>
+    internal static Network Parse(string text) => Parse(Encoding.UTF8.GetBytes(text), 0);
+
+    /// <summary>10.0.0.0/8, 2001:db8::/32, an address, or unix.</summary>
+    /// <exception cref="FormatException">it is none of them</exception>
+    internal static Network Parse(ReadOnlySpan<byte> text, int line)
+    {
+        if (text.SequenceEqual("unix"u8))
+        {
+            return new Network { Line = line };
+        }
+
+        int slash = text.IndexOf((byte)'/');
+        ReadOnlySpan<byte> host = slash < 0 ? text : text[..slash];
+        if (!IPAddress.TryParse(host, out IPAddress? address) || !IsPlain(host, address))
+        {
+            throw new FormatException(
+                $"'{Encoding.UTF8.GetString(text)}' is not a network; write 10.0.0.0/8, 2001:db8::/32, an address or unix");
+        }
+
+        int most = BitsOf(address);
+        int bits = slash < 0 ? most : Units.ParseCount(Encoding.UTF8.GetString(text[(slash + 1)..]), most: most);
+        Network network = new(address, bits, line);
+        return (network.First & ~network.Mask) == 0 ? network : throw new FormatException(
+            $"'{Encoding.UTF8.GetString(text)}' has bits beyond its prefix; did you mean '{new IPNetwork(address, bits)}'?");
+    }
+
+    internal bool Has(in Network other) =>
+        _family == other._family && _bits <= other._bits && ((First ^ other.First) & Mask) == 0;
+
+    /// <summary>In the order of their first addresses; a network stands before those within it, and of two that are the same
+    /// the one of the earlier line.</summary>
+    public int CompareTo(Network other) =>
+        _family != other._family ? _family.CompareTo(other._family)
+        : _high != other._high ? _high.CompareTo(other._high)
+        : _low != other._low ? _low.CompareTo(other._low)
+        : _bits != other._bits ? _bits.CompareTo(other._bits) : Line.CompareTo(other.Line);
+
+    private UInt128 Mask => _bits == 0 ? 0 : UInt128.MaxValue << (128 - _bits);
+
+    private static int BitsOf(IPAddress address) => address.AddressFamily == AddressFamily.InterNetwork ? 32 : 128;
+
+    /// <summary>Not 10.1, and not 010.0.0.1, which is 8.0.0.1 to some; without brackets and zone.</summary>
+    private static bool IsPlain(ReadOnlySpan<byte> host, IPAddress address)
+    {
+        Span<byte> text = stackalloc byte[16];
+        return host.Contains((byte)':') ? host.IndexOfAny((byte)'[', (byte)'%') < 0
+            : address.TryFormat(text, out int length) && host.SequenceEqual(text[..length]);
+    }
 }
 
 /// <summary>Times, sizes and counts as people write them. 0 and off are zero.</summary>
@@ -6236,6 +6549,13 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
+    /// <exception cref="FormatException">there is no such moment</exception>
+    internal static DateTime ParseMoment(string text) =>
+        DateTime.TryParseExact(text, "yyyy-MM-ddTHH:mmK", CultureInfo.InvariantCulture,
+            DateTimeStyles.AssumeLocal | DateTimeStyles.AdjustToUniversal, out DateTime utc) ? utc
+        : throw new FormatException($"'{text}' is not a time; write 2026-11-23T08:30, or 2026-11-23T08:30Z for UTC");
 
     /// <exception cref="FormatException">it is no size, or not between the bounds</exception>
     internal static long ParseSize(string text, long least = 0, long most = 1L << 60)
@@ -6401,6 +6721,19 @@ internal static class Text
         int index = Array.IndexOf(words, word);
         return index >= 0 ? index : throw new FormatException($"unknown {what} '{word}'; "
             + (Nearest(word, words) is { } near ? $"did you mean '{near}'?" : $"it is one of {string.Join(", ", words)}"));
+    }
+
+    /// <summary>Says in front of what is wrong where it stands.</summary>
+    internal static void At(string where, Action read)
+    {
+        try
+        {
+            read();
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException($"{where}: {e.Message}");
+        }
     }
 
     /// <summary>Text with the escapes \n \r \t \\ and \xNN, as bytes.</summary>

@@ -10,6 +10,7 @@ namespace TcpProxy.Tests;
 public sealed class BalancerTests
 {
     private const int Picks = 100_000;
+    private static readonly CloseReason Ill = CloseReason.OfServer("ill");
 
     [Theory]
     [InlineData("leastconn")]
@@ -118,7 +119,7 @@ public sealed class BalancerTests
         string[] ten = [.. Enumerable.Range(0, 10).Select(i => $"10.0.0.{i}:80")];
         Balancer balancer = Make("source", ten);
         Dictionary<ulong, string> before = Choices(balancer);
-        balancer.Checked(balancer.Servers[4], "x", 1000);
+        balancer.Checked(balancer.Servers[4], Ill, 1000);
         Dictionary<ulong, string> after = Choices(balancer);
         List<ulong> own = [.. before.Where(pair => pair.Value == ten[4]).Select(pair => pair.Key)];
         Assert.All(before.Where(pair => pair.Value != ten[4]), pair => Assert.Equal(pair.Value, after[pair.Key]));
@@ -189,7 +190,7 @@ public sealed class BalancerTests
     {
         Balancer balancer = Make("roundrobin", ["a:1", "b:1 max-connections=1", "c:1 backup", "d:1 backup"]);
         Assert.DoesNotContain("c:1", Titles(balancer, 20));
-        balancer.Checked(balancer.Servers[0], "x", 1000);
+        balancer.Checked(balancer.Servers[0], Ill, 1000);
         Assert.Equal(["c:1", "d:1", "c:1", "d:1"], Titles(balancer, 4)); // b is full
         balancer.Servers[1].Leave();
         Assert.Equal(["b:1", "c:1"], Titles(balancer, 2).Order());
@@ -201,7 +202,7 @@ public sealed class BalancerTests
         Balancer balancer = Make("roundrobin", ["a:1", "b:1", "c:1 max-connections=1"]);
         foreach (Server server in balancer.Servers)
         {
-            balancer.Checked(server, "x", 1000);
+            balancer.Checked(server, Ill, 1000);
         }
 
         Assert.Equal(["a:1", "b:1", "c:1"], Titles(balancer, 3).Order());
@@ -258,6 +259,20 @@ public sealed class BalancerTests
     }
 
     [Fact]
+    public void A_try_that_fails_for_reasons_of_ours_is_the_next_clients()
+    {
+        Balancer balancer = Make("first", ["a:1", "b:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
+        Server a = balancer.Servers[0];
+        Fail(a, 1_000);
+        Assert.Same(a, balancer.TryTake(0, null, 11_000, out _));
+        Assert.NotSame(a, balancer.TryTake(0, null, 11_001, out _)); // while that one tries
+        balancer.Dialled(a, CloseReason.OutOfDescriptors, 11_002);
+        Assert.Same(a, balancer.TryTake(0, null, 11_003, out _));
+        balancer.Dialled(a, null, 11_004);
+        Assert.Same(a, balancer.TryTake(0, null, 11_005, out _));
+    }
+
+    [Fact]
     public void A_lone_server_and_failures_that_are_ours_or_do_not_count_mark_nothing()
     {
         Balancer lone = Make("leastconn", ["a:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
@@ -282,7 +297,7 @@ public sealed class BalancerTests
         string log = "";
         foreach (char check in "--+---+-++-")
         {
-            balancer.Checked(balancer.Servers[0], check == '-' ? "refused" : null, 1000);
+            balancer.Checked(balancer.Servers[0], check == '-' ? Ill : null, 1000);
             log += balancer.Servers[0].IsUp(1000) ? 'u' : 'd';
         }
 
@@ -295,7 +310,7 @@ public sealed class BalancerTests
         Balancer balancer = Make("first", ["a:1", "b:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
         Server server = balancer.Servers[0];
         Fail(server, 1000);
-        balancer.Checked(server, "refused", 1000);
+        balancer.Checked(server, Ill, 1000);
         Assert.False(server.IsUp(1500));
         balancer.Checked(server, null, 1500);
         Assert.True(server.IsUp(1500));
@@ -318,7 +333,7 @@ public sealed class BalancerTests
         Assert.InRange(ShareOf(a, 70_000), 0.22, 0.37);
         Assert.InRange(ShareOf(a, 120_000), 0.45, 0.55);
         Assert.Equal(0, a.BackSince);
-        balancer.Checked(a, "x", 200_000);
+        balancer.Checked(a, Ill, 200_000);
         balancer.Checked(a, null, 200_000);
         Assert.InRange(ShareOf(a, 200_000), 0.001, 0.02);
 
@@ -343,7 +358,7 @@ public sealed class BalancerTests
         Dictionary<ulong, string> before = Choices(balancer);
         foreach (Server server in balancer.Servers)
         {
-            balancer.Checked(server, "x", 900);
+            balancer.Checked(server, Ill, 900);
             balancer.Checked(server, null, 999);
         }
 
@@ -390,8 +405,7 @@ public sealed class BalancerTests
         Log log = new(new LogSettings { Format = LogFormat.Off });
         List<UpstreamSettings> parsed = [.. servers.Select(text => UpstreamSettings.Parse( // a:1 is a name for what needs no look-up
             char.IsLetter(text[0]) && text[1] == ':' ? $"10.0.0.{(int)text[0]}{text[1..]} name={text.Split(' ')[0]}" : text))];
-        TcpProxy.Upstream[] upstreams = [.. parsed.Select(u => new TcpProxy.Upstream(u, new ConnectSettings(), "", log))];
-        Balancer balancer = new(upstreams, portIndex, settings, null, "", log);
+        Balancer balancer = new([.. parsed], new Resolver?[parsed.Count], portIndex, settings, null, "", log);
         balancer.Update();
         return balancer;
     }

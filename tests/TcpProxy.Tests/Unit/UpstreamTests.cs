@@ -17,7 +17,7 @@ public sealed class UpstreamTests
     {
         static IPAddress[] Parse(string text) =>
             [.. text.Split(' ', StringSplitOptions.RemoveEmptyEntries).Select(IPAddress.Parse)];
-        Assert.Equal(Parse(expected), Resolver.Interleave(Parse(given)));
+        Assert.Equal(Parse(expected), Resolver.Interleave([.. Parse(given)], ip => ip.AddressFamily));
     }
 
     [Fact]

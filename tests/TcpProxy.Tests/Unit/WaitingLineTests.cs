@@ -81,9 +81,9 @@ public sealed class WaitingLineTests
     {
         WaitingLine line = new(10, TimeSpan.FromSeconds(5), _full);
         long now = Environment.TickCount64;
-        WaitingLine.Waiter waiter = new(line, Take, null, isPicky: false, now);
+        WaitingLine.Waiter waiter = new(line, Take, null, isPicky: false, hasSpoken: false, now + 5_000);
         Task<CloseReason?> other = line.EnterAsync(Take, null);
-        Join(line, waiter);
+        line.Add(waiter);
         waiter.Check(now + 4_999);
         Assert.Equal(2, line.Count);
         waiter.Check(now + 5_000);
@@ -119,8 +119,8 @@ public sealed class WaitingLineTests
         // one whose question was read before it came to stand in line may have finished, but not have been reset
         WaitingLine line = new(10, TimeSpan.Zero, _full);
         long now = Environment.TickCount64;
-        WaitingLine.Waiter waiter = new(line, () => false, accepted, isPicky: false, now) { HasSpoken = true };
-        Join(line, waiter);
+        WaitingLine.Waiter waiter = new(line, () => false, accepted, isPicky: false, hasSpoken: true, long.MaxValue);
+        line.Add(waiter);
         waiter.Check(now);
         Assert.False(waiter.Outcome.Task.IsCompleted);
         client.Close(0);
@@ -143,8 +143,6 @@ public sealed class WaitingLineTests
     [InlineData("\\xg1")]
     [InlineData("\\x+1")]
     public void Other_escapes_are_refused(string text) => Assert.Throws<FormatException>(() => Text.Unescape(text));
-
-    private static void Join(WaitingLine line, WaitingLine.Waiter waiter) => line.Add(waiter);
 
     private bool Take() => _room > 0 && _room-- > 0;
 
