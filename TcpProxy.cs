@@ -1458,7 +1458,8 @@ internal sealed class ExplainQuery
             text.Append($"\nroute {route.Title}\n  {(verdict.IsAllowed ? "allowed" : "denied")}: {verdict.Words}\n");
             if (verdict.IsAllowed)
             {
-                new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(pool => text.Append($"  {pool.Explain(_client)}\n"));
+                new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(
+                    pool => text.Append($"  {pool.Explain(_client)}\n"));
                 Array.ForEach([.. route.Explained], pair => text.Append($"  --{pair.Key} {pair.Value}\n"));
             }
         }
@@ -1912,7 +1913,8 @@ internal sealed class AccessList(string when)
 
         if (who.SequenceEqual("all"u8))
         {
-            list._networks.AddRange(Network.Parse("unix"u8, number), Network.Parse("0.0.0.0/0"u8, number), Network.Parse("::/0"u8, number));
+            list._networks.AddRange(
+                Network.Parse("unix"u8, number), Network.Parse("0.0.0.0/0"u8, number), Network.Parse("::/0"u8, number));
         }
         else
         {
@@ -2030,7 +2032,8 @@ internal sealed class AccessFile
         Volatile.Write(ref _lists, lists);
         if (text.Length > Large)
         {
-            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true); // while all is quiet nobody would
+            // while all is quiet nobody else would
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
         }
     }
 }
@@ -2109,7 +2112,8 @@ internal sealed class Schedule
             ? minute : throw new FormatException($"'{text}' is not a time of the day; write 09:00-17:30");
 }
 
-/// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks at each turn of the minute.</summary>
+/// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
+/// turns.</summary>
 internal sealed class WindowedBridge(
     AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
     Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
@@ -3095,7 +3099,8 @@ internal sealed class UpstreamPool(
         string names = upstreams[0].ServerNames is { } list ? $" for {string.Join(',', list)}" : "";
         string all = string.Join(", ", Array.ConvertAll(upstreams, upstream => upstream.Title
             + (upstream.Weight == 1 ? "" : $" weight={upstream.Weight}") + (upstream.IsBackup ? " backup" : "")));
-        Server? server = Array.Exists(_resolvers, resolver => resolver is not null) ? null : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
+        Server? server = Array.Exists(_resolvers, resolver => resolver is not null) ? null
+            : BalancerOf(0).TryTake(Maglev.Hash(client), null, 0, out _);
         string why = settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
         string which = server is null ? "not known without a look-up" : $"{server.Title}, {why}";
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
@@ -3775,7 +3780,7 @@ internal class Bridge : PumpOwner
         }
     }
 
-    /// <summary>Always the same for this bridge: the runtime's hash of it is a random number of 26 bits, which costs no field.</summary>
+    /// <summary>Always the same for this bridge: the runtime's hash of it is 26 random bits, which costs no field.</summary>
     private double Jitter() => RuntimeHelpers.GetHashCode(this) / (double)(1 << 26) * _settings.LifetimeJitter.TotalMilliseconds;
 
     private void Probe(long now)
@@ -3875,7 +3880,7 @@ internal sealed class Pump(
     TapLine? taps = null)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
-    private const int Message = 16 << 10; // bytes; what is larger may well fill the target, and then a first try costs one call more
+    private const int Message = 16 << 10; // bytes; more may well fill the target, and then a first try costs one call more
     private const int StreamFactor = 4; // buffers that a stream moves at once: 256k was best of 64k to 1m, copied or spliced
     private const int Burst = 1 << 20; // bytes without a wait, after which others of this event loop have their turn
 
@@ -5722,7 +5727,8 @@ internal sealed class Bell : IValueTaskSource<int>
     private static void HangUp()
     {
         Span<int> ends = stackalloc int[2];
-        if (Libc.OpenSocketPair(Libc.UnixFamily, Libc.StreamSocket | Libc.CloseOnExecSocket, 0, ref MemoryMarshal.GetReference(ends)) == 0)
+        int type = Libc.StreamSocket | Libc.CloseOnExecSocket;
+        if (Libc.OpenSocketPair(Libc.UnixFamily, type, 0, ref MemoryMarshal.GetReference(ends)) == 0)
         {
             Bell bell = new(Own(ends[0]), Own(ends[1]));
             _ = bell.RunAsync();
@@ -5977,7 +5983,8 @@ internal static class WholeFile
     {
         try
         {
-            using FileStream stream = new(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite | FileShare.Delete, bufferSize: 0);
+            using FileStream stream = new(
+                path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite | FileShare.Delete, bufferSize: 0);
             byte[] bytes = new byte[stream.CanSeek && stream.Length is > 0 and long size && size < most ? size + 1 : most + 1];
             int length = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
             ReadOnlySpan<byte> text = length < bytes.Length ? bytes.AsSpan(0, length) : throw new FormatException(
