@@ -84,6 +84,7 @@
 using System;
 using System.Buffers;
 using System.Buffers.Binary;
+using System.Collections.Concurrent;
 using System.Collections.Generic;
 using System.Diagnostics;
 using System.Globalization;
@@ -4437,20 +4438,10 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
         foreach (byte b in bytes.AsSpan(0, length))
         {
             int escape = "\a\b\v\f\r\\"u8.IndexOf(b);
-            if (isHex)
-            {
-                room[at++] = (byte)' ';
-                room[at++] = "0123456789abcdef"u8[b >> 4];
-                room[at++] = "0123456789abcdef"u8[b & 15];
-                continue;
-            }
-
-            if (escape >= 0)
-            {
-                room[at++] = (byte)'\\';
-            }
-
-            room[at++] = escape >= 0 ? "abvfr\\"u8[escape] : b is (>= 32 and <= 126) or 9 or 10 ? b : (byte)'.';
+            ReadOnlySpan<byte> shown = isHex ? [(byte)' ', "0123456789abcdef"u8[b >> 4], "0123456789abcdef"u8[b & 15]]
+                : escape >= 0 ? [(byte)'\\', "abvfr\\"u8[escape]] : [b is (>= 32 and <= 126) or 9 or 10 ? b : (byte)'.'];
+            shown.CopyTo(room[at..]);
+            at += shown.Length;
         }
 
         text.Grow(at);
@@ -4460,26 +4451,26 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
     }
 }
 
-// ---- record: what each side sends, in a file of its own, as the fourth variation of the original (v03) has it: ds_ is what
-// came from downstream, us_ from upstream, the time is UTC. The option's own thread writes for all connections. What waits for
-// it is bounded, and a pump waits for room as for a slow target. A disk that is full, or does nothing for 5 s, ends the
-// recording there, without a hole, and never the connection.
+// ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03). The option's
+// own thread writes for all connections. What waits for it is bounded, and a pump waits for room as for a slow target. A disk
+// that is full, or does nothing for 5 s, ends the recording there, without a hole, and never the connection.
 
+#pragma warning disable CA1001 // it lives as long as the process
 internal sealed class RecordSettings(string folder) : TapSettings
+#pragma warning restore CA1001
 {
     private const int Chunks = 256; // that wait to be written
     private const int Largest = 64 << 10; // bytes of a chunk
     private const int Patience = 5000; // ms for one chunk
 
     private readonly SemaphoreSlim _room = new(Chunks);
-    private readonly Queue<Action?> _due = []; // under itself; null is the last
+    private readonly BlockingCollection<Action?> _due = []; // null is the last
     private Log? _log;
     private Thread? _writer;
     private volatile int _written; // chunks
-    private int _isHung; // 1 until the next chunk is written
-    private string _second = ""; // the writer's own, as below: in which the last recording began
+    private int _isFailing; // 1: which has been said, until a chunk is written
+    private string _second = ""; // in which the last recording began
     private int _inSecond; // recordings
-    private bool _isFailing; // which has been said
 
     internal override void Open(Log log)
     {
@@ -4503,48 +4494,46 @@ internal sealed class RecordSettings(string folder) : TapSettings
 
     internal override void Close()
     {
-        Put(null);
+        _due.Add(null);
         _writer?.Join(Patience);
     }
 
     internal override void AddTo(Conversation conversation)
     {
-        Recording recording = new(conversation, conversation.LineOf(isUp: true).Ending);
+        Recording recording = new(conversation);
         conversation.LineOf(isUp: true).Add(new RecordTap(this, recording, 0));
         conversation.LineOf(isUp: false).Add(new RecordTap(this, recording, 1));
     }
 
     internal async ValueTask WriteAsync(Recording recording, int side, ReadOnlyMemory<byte> bytes)
     {
-        for (int length; bytes.Length > 0 && !recording.IsOver; bytes = bytes[length..])
+        while (bytes.Length > 0 && !recording.IsOver)
         {
-            for (int seen = _written; !await _room.WaitAsync(_isHung != 0 ? 0 : Patience, recording.Ending); seen = _written)
+            for (int seen = _written; !await _room.WaitAsync(_isFailing == 0 ? Patience : 0, recording.Ending); seen = _written)
             {
-                if (_isHung != 0 || seen == _written)
+                if (_isFailing != 0 || seen == _written)
                 {
-                    recording.IsOver = true;
-                    if (Interlocked.Exchange(ref _isHung, 1) == 0)
-                    {
-                        _log!.Event(LogLevel.Warn, "record", $"{folder} takes nothing any more: what is recorded there ends here");
-                    }
-
+                    GiveUp(recording, $"{folder} does not answer");
                     return;
                 }
             }
 
-            int taken = length = Math.Min(Largest, bytes.Length);
+            int length = Math.Min(Largest, bytes.Length);
             byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the writer's
             bytes[..length].Span.CopyTo(copy);
-            Put(() => Write(recording, side, copy, taken));
+            bytes = bytes[length..];
+            _due.Add(() => Write(recording, side, copy, length));
         }
     }
 
-    internal void Put(Action? action)
+    internal void End(Recording recording) => _due.Add(recording.Close);
+
+    private void GiveUp(Recording recording, string reason)
     {
-        lock (_due)
+        recording.IsOver = true;
+        if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
-            _due.Enqueue(action);
-            Monitor.Pulse(_due);
+            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Route);
         }
     }
 
@@ -4552,20 +4541,9 @@ internal sealed class RecordSettings(string folder) : TapSettings
 
     private void Run()
     {
-        for (Action? action; ; action())
+        while (_due.Take() is { } action)
         {
-            lock (_due)
-            {
-                while (!_due.TryDequeue(out action))
-                {
-                    Monitor.Wait(_due);
-                }
-            }
-
-            if (action is null)
-            {
-                return;
-            }
+            action();
         }
     }
 
@@ -4581,21 +4559,17 @@ internal sealed class RecordSettings(string folder) : TapSettings
             if (recording.Files.Length > 0)
             {
                 recording.Files[side].Write(chunk, 0, length);
-                _isFailing = false;
+                _isFailing = 0;
             }
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
             recording.Close();
-            if (!_isFailing)
-            {
-                _isFailing = true; // until a chunk is written
-                _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {Text.Reason(e)}", recording.Route);
-            }
+            GiveUp(recording, Text.Reason(e));
         }
 
         ArrayPool<byte>.Shared.Return(chunk);
-        (_written, _isHung) = (_written + 1, 0);
+        _written++;
         _room.Release();
     }
 
@@ -4621,8 +4595,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
     }
 }
 
-/// <summary>A connection, and its two files from its first byte on.</summary>
-internal sealed class Recording(Conversation conversation, CancellationToken ending)
+/// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
+internal sealed class Recording(Conversation conversation)
 {
     internal string Route { get; } = conversation.Route;
 
@@ -4630,7 +4604,7 @@ internal sealed class Recording(Conversation conversation, CancellationToken end
     internal string Client { get; } = conversation.Client is not IPEndPoint { Address: var address } ? "unix"
         : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-');
     internal string Time { get; } = string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'));
-    internal CancellationToken Ending { get; } = ending;
+    internal CancellationToken Ending { get; } = conversation.LineOf(isUp: true).Ending;
     internal FileStream[] Files { get; set; } = []; // owned; disposed by Close; the writer's
     internal bool IsOver { get; set; } // nothing more is added
 
@@ -4653,7 +4627,7 @@ internal sealed class RecordTap(RecordSettings recorder, Recording recording, in
     {
         if (side == 0) // which there always is: no taps stand in what the discard server sends
         {
-            recorder.Put(recording.Close);
+            recorder.End(recording);
         }
     }
 }
@@ -5554,20 +5528,13 @@ internal sealed class Log : IDisposable
 
             lines.AddRange(_queue);
             _queue.Clear();
-            if (_dropped > 0)
+            if (_dropped + _missed > 0)
             {
+                string missed = _missed == 0 ? "" : $" and {Text.Count(_missed, "byte")} of --dump";
                 lines.Add(new MessageLine(LogLevel.Warn, "log", null,
-                    $"{Text.Count(_dropped, "line")} dropped: the reader of the log is too slow"));
+                    $"{Text.Count(_dropped, "line")}{missed} dropped: the reader of the log is too slow"));
                 lines[^1].Stamp();
-                _dropped = 0;
-            }
-
-            if (_missed > 0)
-            {
-                lines.Add(new MessageLine(LogLevel.Warn, "dump", null,
-                    $"{Text.Count(_missed, "byte")} left out here: the reader of stderr is too slow"));
-                lines[^1].Stamp();
-                _missed = 0;
+                (_dropped, _missed) = (0, 0);
             }
 
             _shown = 0;
