@@ -85,6 +85,7 @@
 using System;
 using System.Buffers;
 using System.Buffers.Binary;
+using System.Collections.Concurrent;
 using System.Collections.Generic;
 using System.Diagnostics;
 using System.Globalization;
@@ -354,6 +355,18 @@ internal sealed class Option(
             "Require a PROXY protocol header (version 1 or 2) from these senders, and take the address in it for the "
             + "client's. unix stands for whoever comes by a unix socket. From others no header is read.",
             (_, r, v) => r.Preread.AcceptProxy(v)),
+
+        new("dump", '\0', "off|text|hex", "inspect", Scope.Route, "off",
+            "Show what passes on stderr, as socat -v (text) or -x (hex) does: > from the client, < from the server, the time "
+            + "(UTC), and the place in all that went this way. Who reads stderr too slowly misses some, and is told how much.",
+            (_, r, v) => r.Put(r.Dump, isOn: (r.Dump.Format = Text.ParseWord(v, "format", "off", "text", "hex")) > 0)),
+        new("dump-limit", '\0', "SIZE", "inspect", Scope.Route, "off",
+            "Show only the first SIZE bytes of a connection, both ways together.",
+            (_, r, v) => r.Dump.Limit = Units.ParseSize(v)),
+        new("record", '\0', "DIR", "inspect", Scope.Route, "",
+            "Write what the client of each connection sends to DIR/ds_IP_TIME.log, and what its server sends to us_IP_TIME.log. "
+            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2 and so on where the name is taken. DIR must exist.",
+            (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
@@ -908,6 +921,7 @@ internal sealed class RouteSettings
     internal BridgeSettings Bridge { get; private set; } = new();
     internal PrereadSettings Preread { get; private set; } = new();
     internal List<TapSettings> Taps { get; private set; } = []; // in the order of their options
+    internal DumpSettings Dump { get; private set; } = new(); // among them where it is on
     internal string[]? ServerNames { get; set; } // of the upstreams that follow
 
     internal string Title => Name ?? Listen!.Text;
@@ -923,8 +937,16 @@ internal sealed class RouteSettings
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
         copy.Preread = Preread.Clone();
-        copy.Taps = [.. Taps];
+        copy.Dump = Dump.Clone();
+        copy.Taps = Taps.ConvertAll(tap => tap == Dump ? copy.Dump : tap);
         return copy;
+    }
+
+    /// <summary>Of a kind of which a route has one, the last holds, and has its place.</summary>
+    internal void Put(TapSettings tap, bool isOn)
+    {
+        Taps.RemoveAll(other => other.GetType() == tap.GetType());
+        Taps.AddRange(isOn ? [tap] : []);
     }
 
     internal void Add(UpstreamSettings upstream)
@@ -1090,8 +1112,8 @@ internal sealed class Proxy
         _log.Start();
         try
         {
-            Bind();
             _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Open(_log)));
+            Bind();
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
             _pools.ForEach(pool => pool.StartChecks());
@@ -1317,6 +1339,7 @@ internal sealed class Proxy
         {
             if (reason is not null)
             {
+                taps?.End(isOrderly: false);
                 End(route, isAdmitted, line, reason);
             }
         }
@@ -4544,6 +4567,266 @@ internal sealed class Conversation
     }
 }
 
+// ---- dump: what passes, on stderr, as socat's -v and -x show it (xiotransfer.c of 1.7.4), but that a block always ends its
+// last line. Blocks and log lines have one writer; a reader of stderr that is too slow misses blocks and holds up nobody.
+
+internal sealed class DumpSettings : TapSettings
+{
+    private Log? _log;
+    private bool _isColoured;
+
+    internal int Format { get; set; } // of off, text, hex
+    internal long Limit { get; set; } // bytes of a connection; 0 = off
+
+    internal DumpSettings Clone() => (DumpSettings)MemberwiseClone();
+
+    internal override void Open(Log log) => (_log, _isColoured) = (log, Libc.IsThere && Libc.IsTerminal(StandardStream.Error) == 1
+        && string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"))); // https://no-color.org
+
+    internal override void AddTo(Conversation conversation)
+    {
+        StrongBox<long>? left = Limit == 0 ? null : new StrongBox<long>(Limit);
+        string end = $"-- the rest of {Text.Of(conversation.Client)} is left out: --dump-limit\n";
+        conversation.LineOf(isUp: true).Add(new DumpTap(_log!, Format == 2, left, end, _isColoured ? "\e[36m>" : ">")); // cyan
+        conversation.LineOf(isUp: false).Add(new DumpTap(_log!, Format == 2, left, end, _isColoured ? "\e[33m<" : "<")); // yellow
+    }
+}
+
+/// <summary>Shows what is <paramref name="left"/> of the limit, which both directions share.</summary>
+internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string end, string mark) : Tap
+{
+    private long _offset;
+
+    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        long most = left is null ? long.MaxValue : Interlocked.Add(ref left.Value, -bytes.Length) + bytes.Length;
+        int length = (int)Math.Clamp(most, 0, bytes.Length);
+        bool isEnd = most >= 0 && most < bytes.Length;
+        if (length > 0 || isEnd)
+        {
+            byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the block's, if there is room for it
+            bytes.Span[..length].CopyTo(copy);
+            if (!log.Write(new DumpBlock(copy, length, _offset, isHex, mark, isEnd ? end : "")))
+            {
+                ArrayPool<byte>.Shared.Return(copy);
+            }
+        }
+
+        _offset += bytes.Length;
+        return Next.WriteAsync(bytes);
+    }
+}
+
+internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHex, string mark, string end)
+    : LogLine(LogLevel.Error, "")
+{
+    internal override int Shown => Math.Max(length, 1);
+
+    internal override void Format(LogText text)
+    {
+        string time = Text.Of(Time)[..19].Replace('-', '/').Replace('T', ' ');
+        string micros = (Time.Ticks / TimeSpan.TicksPerMicrosecond % 1_000_000).ToString("d6", CultureInfo.InvariantCulture);
+        text.Append(length == 0 ? ""
+            : $"{mark} {time}.{micros}  length={Text.Of(length)} from={Text.Of(offset)} to={Text.Of(offset + length - 1)}\n");
+        Span<byte> room = text.Room((3 * length) + 1);
+        int at = 0;
+        foreach (byte b in bytes.AsSpan(0, length))
+        {
+            int escape = "\a\b\v\f\r\\"u8.IndexOf(b);
+            ReadOnlySpan<byte> shown = isHex ? [(byte)' ', "0123456789abcdef"u8[b >> 4], "0123456789abcdef"u8[b & 15]]
+                : escape >= 0 ? [(byte)'\\', "abvfr\\"u8[escape]] : [b is (>= 32 and <= 126) or 9 or 10 ? b : (byte)'.'];
+            shown.CopyTo(room[at..]);
+            at += shown.Length;
+        }
+
+        text.Grow(at);
+        text.Append(length == 0 || room[at - 1] == '\n' ? "" : "\n");
+        text.Append(mark.Length > 1 ? $"\e[m{end}" : end);
+        ArrayPool<byte>.Shared.Return(bytes);
+    }
+}
+
+// ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03). The option's
+// own thread writes for all connections. What waits for it is bounded, and a pump waits for room as for a slow target. A disk
+// that is full, or does nothing for 5 s, ends the recording there, without a hole, and never the connection.
+
+#pragma warning disable CA1001 // it lives as long as the process
+internal sealed class RecordSettings(string folder) : TapSettings
+#pragma warning restore CA1001
+{
+    private const int Chunks = 256; // that wait to be written
+    private const int Largest = 64 << 10; // bytes of a chunk
+    private const int Patience = 5000; // ms for one chunk
+
+    private readonly SemaphoreSlim _room = new(Chunks);
+    private readonly BlockingCollection<Action?> _due = []; // null is the last
+    private Log? _log;
+    private Thread? _writer;
+    private volatile int _written; // chunks
+    private int _isFailing; // 1: which has been said, until a chunk is written
+    private string _second = ""; // in which the last recording began
+    private int _inSecond; // recordings
+
+    internal override void Open(Log log)
+    {
+        try
+        {
+            string probe = Path.Combine(folder, $".tcpproxy-{Text.Of(Environment.ProcessId)}");
+            new FileStream(probe, FileMode.CreateNew, FileAccess.Write, FileShare.None, 1, FileOptions.DeleteOnClose).Dispose();
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--record: cannot write to {folder}: {Text.Reason(e)}");
+        }
+
+        _log = log;
+        if (_writer is null) // several routes may have this option in common
+        {
+            _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = "record" };
+            _writer.Start();
+        }
+    }
+
+    internal override void Close()
+    {
+        _due.Add(null);
+        _writer?.Join(Patience);
+    }
+
+    internal override void AddTo(Conversation conversation)
+    {
+        Recording recording = new(conversation);
+        conversation.LineOf(isUp: true).Add(new RecordTap(this, recording, 0));
+        conversation.LineOf(isUp: false).Add(new RecordTap(this, recording, 1));
+    }
+
+    internal async ValueTask WriteAsync(Recording recording, int side, ReadOnlyMemory<byte> bytes)
+    {
+        while (bytes.Length > 0 && !recording.IsOver)
+        {
+            for (int seen = _written; !await _room.WaitAsync(_isFailing == 0 ? Patience : 0, recording.Ending); seen = _written)
+            {
+                if (_isFailing != 0 || seen == _written)
+                {
+                    GiveUp(recording, $"{folder} does not answer");
+                    return;
+                }
+            }
+
+            int length = Math.Min(Largest, bytes.Length);
+            byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the writer's
+            bytes[..length].Span.CopyTo(copy);
+            bytes = bytes[length..];
+            _due.Add(() => Write(recording, side, copy, length));
+        }
+    }
+
+    internal void End(Recording recording) => _due.Add(recording.Close);
+
+    private void GiveUp(Recording recording, string reason)
+    {
+        recording.IsOver = true;
+        if (Interlocked.Exchange(ref _isFailing, 1) == 0)
+        {
+            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Route);
+        }
+    }
+
+    // ---- the writer
+
+    private void Run()
+    {
+        while (_due.Take() is { } action)
+        {
+            action();
+        }
+    }
+
+    private void Write(Recording recording, int side, byte[] chunk, int length)
+    {
+        try
+        {
+            if (recording.Files.Length == 0 && !recording.IsOver)
+            {
+                Create(recording);
+            }
+
+            if (recording.Files.Length > 0)
+            {
+                recording.Files[side].Write(chunk, 0, length);
+                _isFailing = 0;
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            recording.Close();
+            GiveUp(recording, Text.Reason(e));
+        }
+
+        ArrayPool<byte>.Shared.Return(chunk);
+        _written++;
+        _room.Release();
+    }
+
+    /// <summary>Never over a file that is there. Who begins within one second does not search the names of all before.</summary>
+    private void Create(Recording recording)
+    {
+        _inSecond = recording.Time == _second ? _inSecond + 1 : 1;
+        _second = recording.Time;
+        string name = $"{recording.Client}_{recording.Time}";
+        for (int number = Math.Max(2, _inSecond); File.Exists(Path.Combine(folder, $"ds_{name}.log")); number++)
+        {
+            name = $"{recording.Client}_{recording.Time}_{Text.Of(number)}";
+        }
+
+        FileStreamOptions options = new() { Mode = FileMode.CreateNew, Access = FileAccess.Write, BufferSize = 0 };
+        if (!OperatingSystem.IsWindows())
+        {
+            options.UnixCreateMode = UnixFileMode.UserRead | UnixFileMode.UserWrite;
+        }
+
+        recording.Files = [new FileStream(Path.Combine(folder, $"ds_{name}.log"), options)];
+        recording.Files = [.. recording.Files, new FileStream(Path.Combine(folder, $"us_{name}.log"), options)];
+    }
+}
+
+/// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
+internal sealed class Recording(Conversation conversation)
+{
+    internal string Route { get; } = conversation.Route;
+
+    /// <summary>In a file's name: no path of a unix socket, which anybody may choose, and no zone.</summary>
+    internal string Client { get; } = conversation.Client is not IPEndPoint { Address: var address } ? "unix"
+        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-');
+    internal string Time { get; } = string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'));
+    internal CancellationToken Ending { get; } = conversation.LineOf(isUp: true).Ending;
+    internal FileStream[] Files { get; set; } = []; // owned; disposed by Close; the writer's
+    internal bool IsOver { get; set; } // nothing more is added
+
+    internal void Close()
+    {
+        Array.ForEach(Files, file => file.Dispose());
+        (Files, IsOver) = ([], true);
+    }
+}
+
+internal sealed class RecordTap(RecordSettings recorder, Recording recording, int side) : Tap
+{
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        await recorder.WriteAsync(recording, side, bytes);
+        await Next.WriteAsync(bytes);
+    }
+
+    internal override void End(bool isOrderly)
+    {
+        if (side == 0) // which there always is: no taps stand in what the discard server sends
+        {
+            recorder.End(recording);
+        }
+    }
+}
+
 // == 11  PREREAD ====================================================================================================
 // The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
 // (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
@@ -5165,16 +5448,20 @@ internal sealed class LogSettings
 /// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
 internal abstract class LogLine(LogLevel level, string name)
 {
-    private DateTime _time;
+    protected DateTime Time { get; private set; }
 
     internal LogLevel Level { get; } = level;
 
-    internal void Stamp() => _time = DateTime.UtcNow;
+    /// <summary>The bytes in a block, which goes to stderr wherever the lines go. 0 for a line.</summary>
+    internal virtual int Shown => 0;
 
-    internal void Format(LogText text)
+    internal void Stamp() => Time = DateTime.UtcNow;
+
+    /// <summary>Called once, by the writer.</summary>
+    internal virtual void Format(LogText text)
     {
         text.Begin();
-        text.Add("time", Text.Of(_time));
+        text.Add("time", Text.Of(Time));
         text.Add("level", Level switch
         {
             LogLevel.Debug => "debug",
@@ -5187,7 +5474,9 @@ internal abstract class LogLine(LogLevel level, string name)
         text.End();
     }
 
-    protected abstract void AddKeys(LogText text);
+    protected virtual void AddKeys(LogText text)
+    {
+    }
 }
 
 internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
@@ -5319,21 +5608,26 @@ internal sealed class LogText(bool isJson)
         _isFirst = false;
     }
 
-    private void Append(string text)
+    internal void Append(string text) => Grow(Encoding.UTF8.GetBytes(text, Room(Encoding.UTF8.GetMaxByteCount(text.Length))));
+
+    /// <summary>At least so many bytes behind the text; what is put there belongs to it after <see cref="Grow"/>.</summary>
+    internal Span<byte> Room(int most)
     {
-        int most = Encoding.UTF8.GetMaxByteCount(text.Length);
         if (_length + most > _bytes.Length)
         {
             Array.Resize(ref _bytes, Math.Max(2 * _bytes.Length, _length + most));
         }
 
-        _length += Encoding.UTF8.GetBytes(text, _bytes.AsSpan(_length));
+        return _bytes.AsSpan(_length);
     }
+
+    internal void Grow(int length) => _length += length;
 }
 
 internal sealed class Log : IDisposable
 {
     private const int QueueLength = 8192; // lines; about two megabytes when full
+    private const int ShownLength = 4 << 20; // bytes of blocks
     private const int Gather = 10; // ms: the writer wakes once for what comes within this time
     private const int Chunk = 32 << 10; // bytes written at once
 
@@ -5342,6 +5636,8 @@ internal sealed class Log : IDisposable
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
     private long _dropped;
+    private int _shown; // of ShownLength
+    private long _missed; // bytes
     private FileStream? _file; // owned; disposed by the writer; null = stderr
     private Thread? _writer;
 
@@ -5352,14 +5648,9 @@ internal sealed class Log : IDisposable
     /// <exception cref="IOException">the file cannot be opened</exception>
     internal void Start()
     {
-        if (_settings.Format == LogFormat.Off)
-        {
-            return;
-        }
-
         try
         {
-            _file = _settings.File is not { } file ? null
+            _file = _settings.File is not { } file || _settings.Format == LogFormat.Off ? null
                 : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
@@ -5397,30 +5688,36 @@ internal sealed class Log : IDisposable
 
     internal void Ended(ConnectionLine line) => Write(line);
 
-    internal bool Has(LogLevel level) => level >= _settings.Level && _writer is not null;
+    internal bool Has(LogLevel level) =>
+        level >= _settings.Level && _settings.Format != LogFormat.Off && _writer is not null;
 
-    private void Write(LogLine line)
+    /// <summary>False when it never will be.</summary>
+    internal bool Write(LogLine line)
     {
-        if (!Has(line.Level))
+        if (line.Shown == 0 && !Has(line.Level))
         {
-            return;
+            return false;
         }
 
         line.Stamp();
         lock (_queue)
         {
-            if (_queue.Count == QueueLength)
+            if (_queue.Count == QueueLength || _shown + line.Shown > ShownLength)
             {
-                _dropped++;
-                return;
+                _dropped += line.Shown > 0 ? 0 : 1;
+                _missed += line.Shown;
+                return false;
             }
 
+            _shown += line.Shown;
             _queue.Enqueue(line);
             if (_isWaiting)
             {
                 _isWaiting = false;
                 Monitor.Pulse(_queue);
             }
+
+            return true;
         }
     }
 
@@ -5432,16 +5729,19 @@ internal sealed class Log : IDisposable
         List<LogLine> lines = [];
         while (Take(lines))
         {
+            bool isShown = false;
             foreach (LogLine line in lines)
             {
-                line.Format(text);
-                if (text.Bytes.Length >= Chunk)
+                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0)
                 {
-                    WriteOut(text);
+                    WriteOut(text, isShown);
+                    isShown = line.Shown > 0;
                 }
+
+                line.Format(text);
             }
 
-            WriteOut(text);
+            WriteOut(text, isShown);
             lines.Clear();
         }
 
@@ -5466,23 +5766,25 @@ internal sealed class Log : IDisposable
 
             lines.AddRange(_queue);
             _queue.Clear();
-            if (_dropped > 0)
+            if (_dropped + _missed > 0)
             {
+                string missed = _missed == 0 ? "" : $" and {Text.Count(_missed, "byte")} of --dump";
                 lines.Add(new MessageLine(LogLevel.Warn, "log", null,
-                    $"{Text.Count(_dropped, "line")} dropped: the reader of the log is too slow"));
+                    $"{Text.Count(_dropped, "line")}{missed} dropped: the reader of the log is too slow"));
                 lines[^1].Stamp();
-                _dropped = 0;
+                (_dropped, _missed) = (0, 0);
             }
 
+            _shown = 0;
             return lines.Count > 0;
         }
     }
 
-    private void WriteOut(LogText text)
+    private void WriteOut(LogText text, bool isShown)
     {
         try
         {
-            if (_file is null)
+            if (_file is null || isShown)
             {
                 StandardStream.TryWrite(StandardStream.Error, text.Bytes);
             }
@@ -6202,6 +6504,10 @@ internal static partial class Libc
     [LibraryImport("libc", EntryPoint = "write", SetLastError = true)]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Write(int descriptor, in byte bytes, nuint count);
+
+    [LibraryImport("libc", EntryPoint = "isatty")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int IsTerminal(int descriptor);
 
     [LibraryImport("libc", EntryPoint = "poll")]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
