@@ -4591,6 +4591,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         _free.Remove(next);
         _full.Enqueue(_current);
         _current = next;
+        Monitor.Pulse(_full);
         return true;
     }
 
@@ -4982,7 +4983,16 @@ internal static class Packet
     /// <summary>The sum of RFC 1071, in whatever order of bytes the machine has (2B), not folded yet.</summary>
     internal static ulong Sum(ReadOnlySpan<byte> bytes, ulong sum)
     {
-        foreach (uint word in MemoryMarshal.Cast<byte, uint>(bytes))
+        ReadOnlySpan<Vector<uint>> vectors = MemoryMarshal.Cast<byte, Vector<uint>>(bytes);
+        Vector<ulong> sums = Vector<ulong>.Zero;
+        foreach (Vector<uint> words in vectors)
+        {
+            Vector.Widen(words, out Vector<ulong> low, out Vector<ulong> high);
+            sums += low + high;
+        }
+
+        sum += Vector.Sum(sums);
+        foreach (uint word in MemoryMarshal.Cast<byte, uint>(bytes[(vectors.Length * Vector<byte>.Count)..]))
         {
             sum += word;
         }
