@@ -368,6 +368,16 @@ internal sealed class Option(
             + "IP is the client's; TIME is UTC, as in 20261123125939, with _2 and so on where the name is taken. DIR must exist.",
             (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true)),
 
+        new("pcap", '\0', "FILE|-", "inspect", Scope.Route, "",
+            "Capture connections in FILE (pcapng), or on stdout for '| wireshark -k -i -'. Each is shown as one TCP connection "
+            + "from client to server, at the place of this option among the taps. For a unix socket and the built-in servers "
+            + "stands 192.0.2.1 (clients) or 192.0.2.2, port 7 for echo, 9 for discard, else 1. Routes may share a FILE. A disk "
+            + "or reader that fails, or that halts for 5 s, ends the capture and nothing else.",
+            (s, r, v) => s.Captures.AddTo(r.Taps, v)),
+        new("pcap-rotate", '\0', "SIZE", "inspect", Scope.Process, "off",
+            "Go on in FILE1, FILE2 and so on when a capture file has reached SIZE (at least 64k), as tcpdump -C does.",
+            (s, _, v) => s.Captures.Rotate = v is "0" or "off" ? 0 : Units.ParseSize(v, least: 64 << 10)),
+
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
             (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
@@ -794,7 +804,6 @@ internal static class Help
           tcpproxy -c FILE [OPTIONS]                                           the same options from a file
           tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
 
-
         """;
 
     private const string Notes =
@@ -898,6 +907,7 @@ internal sealed class Settings
     internal Dictionary<string, AccessFile> AccessFiles { get; } = []; // of all routes, by their paths
     internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
+    internal CaptureSettings Captures { get; } = new();
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
     internal int Threads { get; set; } // 0 = one a processor
@@ -1339,7 +1349,7 @@ internal sealed class Proxy
         {
             if (reason is not null)
             {
-                taps?.End(isOrderly: false);
+                taps?.End(reason.Code, reason.IsOrderly);
                 End(route, isAdmitted, line, reason);
             }
         }
@@ -1373,15 +1383,23 @@ internal sealed class Proxy
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        Ended(route, connection, bridge, line);
     }
 
     private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
     {
-        await RelayAsync(route, connection, bridge, line);
-        taps.End(bridge.Reason!.IsOrderly);
+        bridge.Start();
+        await bridge.Up;
+        await bridge.Down;
+        taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
+        Ended(route, connection, bridge, line);
+    }
+
+    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    {
+        connection.Release();
+        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -4539,7 +4557,7 @@ internal sealed class Conversation
         List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
         bool isEcho)
     {
-        (Route, Client, Server) = (route, client, server);
+        (Route, Client, Server, IsEcho) = (route, client, server, isEcho);
         taps.ForEach(tap => tap.AddTo(this));
         if (isEcho)
         {
@@ -4553,6 +4571,10 @@ internal sealed class Conversation
     internal string Route { get; }
     internal EndPoint? Client { get; }
     internal EndPoint? Server { get; } // null for the built-in ones
+    internal bool IsEcho { get; }
+
+    /// <summary>Why it has ended, in two letters as of CloseReason.</summary>
+    internal string Code { get; private set; } = "";
 
     /// <summary>Null where that direction has no taps.</summary>
     internal TapLine? Up { get; }
@@ -4560,8 +4582,9 @@ internal sealed class Conversation
 
     internal TapLine LineOf(bool isUp) => isUp ? _up : _down;
 
-    internal void End(bool isOrderly)
+    internal void End(string code, bool isOrderly)
     {
+        Code = code;
         Up?.End(isOrderly);
         Down?.End(isOrderly);
     }
@@ -4824,6 +4847,645 @@ internal sealed class RecordTap(RecordSettings recorder, Recording recording, in
         {
             recorder.End(recording);
         }
+    }
+}
+
+// ---- pcap
+//
+// A capture shows client and server as if they spoke to each other, in one TCP connection that never was. It begins when the
+// server is connected; what a pump receives at once is a packet or a few; the other side acknowledges it when those behind the
+// tap have taken it; FIN and RST come from whoever sent them to the proxy, and RST from both sides where the proxy sent it.
+
+/// <summary>The captures of the process: one a file, however many routes name it.</summary>
+internal sealed class CaptureSettings
+{
+    private readonly List<Capture> _captures = [];
+
+    internal long Rotate { get; set; } // bytes in a file before there is another; 0 = off
+
+    /// <exception cref="FormatException">it is no file name</exception>
+    internal void AddTo(List<TapSettings> taps, string file)
+    {
+        string path = file == Capture.Stdout ? file : Path.GetFullPath(Text.FileName(file));
+        Capture? capture = _captures.Find(one => one.File == path);
+        if (capture is null)
+        {
+            _captures.Add(capture = new Capture(path, this));
+        }
+
+        if (!taps.Contains(capture))
+        {
+            taps.Add(capture);
+        }
+    }
+}
+
+/// <summary>One file, or stdout. Packets go into a chunk of memory, full chunks to a thread that writes; when all chunks are
+/// full, pumps wait for it. If it gets nothing written for as long as <see cref="Patience"/>, or fails, the capture is over,
+/// and connections go on without it: nothing is ever left out of the middle.</summary>
+internal sealed class Capture(string file, CaptureSettings settings) : TapSettings
+{
+    internal const string Stdout = "-";
+
+    private const int Chunks = 8; // that pumps may fill; the beginnings and ends of connections, which cannot wait, as many again
+    private const int Gather = 10; // ms: the writer wakes once for what comes within this time
+    private const int Slice = 64 << 10; // bytes written at once: less in the time of patience is a reader that has stopped
+    private const int Patience = 5000; // ms
+
+    /// <summary>A part of the file, in whole blocks.</summary>
+    private sealed class Chunk
+    {
+        internal readonly byte[] Bytes = new byte[4 * Packet.LargestBlock];
+        internal int Length;
+    }
+
+    private readonly Queue<Chunk> _full = []; // under itself, as all to the clock
+    private readonly List<Chunk> _free = [];
+    private Chunk _current = new();
+    private int _count = 1; // chunks that there are
+    private TaskCompletionSource? _room; // completed when a chunk has become free
+    private long _written; // bytes
+    private bool _isWaiting; // the writer, for a first packet or a full chunk
+    private bool _isClosing;
+    private bool _isOver = true; // until it is open
+    private int _stand; // the last number given to a client without a port
+    private long _clock; // Stopwatch's, when it was last compared with the time of day
+    private long _clockTime; // then, in nanoseconds since 1970
+    private long _lastTime;
+
+    private Log? _log;
+    private Thread? _writer;
+    private FileStream? _file; // owned; the writer's, as the next two; null = stdout
+    private long _size; // of it, in whole blocks
+    private int _files;
+
+    internal string File { get; } = file;
+
+    internal override void Open(Log log)
+    {
+        if (_writer is not null)
+        {
+            return; // by another route
+        }
+
+        try
+        {
+            _log = log;
+            _file = File == Stdout ? null : Create(File);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--pcap: cannot open {File}: {Text.Reason(e)}");
+        }
+
+        _isOver = false;
+        _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = "pcap" };
+        _writer.Start();
+    }
+
+    internal override void Close()
+    {
+        lock (_full)
+        {
+            (_isClosing, _isOver) = (true, true);
+            Monitor.Pulse(_full);
+        }
+
+        for (long written = -1; Volatile.Read(ref _written) != written && _writer?.Join(Patience) == false;)
+        {
+            written = Volatile.Read(ref _written);
+        }
+    }
+
+    internal override void AddTo(Conversation conversation)
+    {
+        if (!Volatile.Read(ref _isOver))
+        {
+            CaptureTap client = new(this, conversation, isUp: true);
+            CaptureTap server = new(this, conversation, isUp: false);
+            client.Begin(server);
+        }
+    }
+
+    // ---- what taps call
+
+    /// <summary>The time in nanoseconds since 1970. Never less than the last one, whatever is done to the system's clock.</summary>
+    internal long Now()
+    {
+        lock (_full)
+        {
+            long clock = Stopwatch.GetTimestamp();
+            if (clock - _clock > Stopwatch.Frequency)
+            {
+                (_clock, _clockTime) = (clock, (DateTime.UtcNow - DateTime.UnixEpoch).Ticks * TimeSpan.NanosecondsPerTick);
+            }
+
+            long since = (long)((clock - _clock) * (1e9 / Stopwatch.Frequency));
+            return _lastTime = Math.Max(_lastTime, _clockTime + since);
+        }
+    }
+
+    /// <summary>1024 to 65535, again and again.</summary>
+    internal int NextPort()
+    {
+        lock (_full)
+        {
+            return 1024 + (_stand++ % (65536 - 1024));
+        }
+    }
+
+    /// <summary>A packet from one side of a connection. False when there is no room for it just now; what
+    /// <paramref name="mustFit"/> ends the capture instead. An acknowledgement of nothing new is left out.</summary>
+    internal bool TryAdd(CaptureTap from, int flags, ReadOnlySpan<byte> bytes = default, bool mustFit = false)
+    {
+        lock (_full)
+        {
+            if (_isOver || (flags == Packet.Ack && bytes.Length == 0 && !from.HasNews))
+            {
+                return true;
+            }
+
+            int length = Packet.Block(from, flags, bytes.Length);
+            if (_current.Length + length > _current.Bytes.Length && !TryNextChunk(mustFit ? 2 * Chunks : Chunks))
+            {
+                if (mustFit)
+                {
+                    Fail("it is written too slowly");
+                }
+
+                return mustFit;
+            }
+
+            Packet.Write(_current.Bytes.AsSpan(_current.Length, length), Now(), from, flags, bytes);
+            _current.Length += length;
+            Wake();
+            return true;
+        }
+    }
+
+    /// <summary>Until a packet may fit again, or the capture is over.</summary>
+    internal async Task RoomAsync(CancellationToken token)
+    {
+        Task room;
+        long written;
+        lock (_full)
+        {
+            if (_free.Count > 0 || _count < Chunks || _isOver)
+            {
+                return;
+            }
+
+            _room ??= new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+            (room, written) = (_room.Task, _written);
+        }
+
+        try
+        {
+            await room.WaitAsync(TimeSpan.FromMilliseconds(Patience), token);
+        }
+        catch (TimeoutException)
+        {
+            lock (_full)
+            {
+                if (_written == written)
+                {
+                    Fail(File == Stdout ? "its reader has stopped" : "its disk has stopped");
+                }
+            }
+        }
+    }
+
+    private bool TryNextChunk(int most)
+    {
+        Chunk? next = _free.Count > 0 ? _free[^1] : _count < most ? new Chunk() : null;
+        if (next is null)
+        {
+            return false;
+        }
+
+        _count += _free.Count > 0 ? 0 : 1;
+        _free.Remove(next);
+        _full.Enqueue(_current);
+        _current = next;
+        Monitor.Pulse(_full);
+        return true;
+    }
+
+    private void Wake()
+    {
+        if (_isWaiting)
+        {
+            _isWaiting = false;
+            Monitor.Pulse(_full);
+        }
+    }
+
+    private void Fail(string reason)
+    {
+        lock (_full)
+        {
+            if (!_isOver)
+            {
+                _isOver = true;
+                _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}");
+            }
+
+            _room?.TrySetResult();
+        }
+    }
+
+    // ---- the writer
+
+    private void Run()
+    {
+        try
+        {
+            Put(Packet.Head());
+            while (Take() is { } chunk)
+            {
+                Write(chunk.Bytes.AsSpan(0, chunk.Length));
+                Free(chunk);
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            Fail(Text.Reason(e));
+        }
+
+        _file?.Dispose();
+    }
+
+    /// <summary>A full chunk, or what has come some time after its first packet. Null at the end.</summary>
+    private Chunk? Take()
+    {
+        lock (_full)
+        {
+            while (_full.Count == 0 && _current.Length == 0 && !_isClosing)
+            {
+                _isWaiting = true;
+                Monitor.Wait(_full);
+            }
+
+            if (_full.Count == 0 && !_isClosing)
+            {
+                Monitor.Wait(_full, Gather);
+            }
+
+            if (_full.Count == 0 && _current.Length > 0)
+            {
+                _ = TryNextChunk(int.MaxValue);
+            }
+
+            return _full.Count > 0 ? _full.Dequeue() : null;
+        }
+    }
+
+    private void Free(Chunk chunk)
+    {
+        lock (_full)
+        {
+            chunk.Length = 0;
+            if (_count > Chunks)
+            {
+                _count--;
+            }
+            else
+            {
+                _free.Add(chunk);
+            }
+
+            _room?.TrySetResult();
+            _room = null;
+        }
+    }
+
+    private void Write(ReadOnlySpan<byte> blocks)
+    {
+        while (blocks.Length > 0)
+        {
+            long room = _file is null || settings.Rotate == 0 ? blocks.Length : settings.Rotate - _size;
+            int fit = Packet.WholeBlocks(blocks, room);
+            if (fit == 0)
+            {
+                _file!.Dispose();
+                _file = Create($"{File}{Text.Of(++_files)}");
+                _size = 0;
+                Put(Packet.Head());
+                fit = Packet.WholeBlocks(blocks, Math.Max(settings.Rotate - _size, Packet.LargestBlock));
+            }
+
+            Put(blocks[..fit]);
+            blocks = blocks[fit..];
+        }
+    }
+
+    private void Put(ReadOnlySpan<byte> blocks)
+    {
+        try
+        {
+            for (int i = 0; i < blocks.Length; i += Slice)
+            {
+                ReadOnlySpan<byte> slice = blocks[i..Math.Min(blocks.Length, i + Slice)];
+                if (_file is not null)
+                {
+                    _file.Write(slice);
+                }
+                else if (!StandardStream.TryWrite(StandardStream.Output, slice))
+                {
+                    throw new IOException("nobody reads it");
+                }
+
+                Interlocked.Add(ref _written, slice.Length);
+            }
+        }
+        catch (IOException) when (_file is { CanSeek: true })
+        {
+            _file.SetLength(_size + Packet.WholeBlocks(blocks, _file.Length - _size)); // what is there can be read
+            throw;
+        }
+
+        _size += blocks.Length;
+    }
+
+    private static FileStream Create(string file) => new(file, FileMode.Create, FileAccess.Write, FileShare.Read | FileShare.Delete, 0);
+}
+
+/// <summary>What one side of a captured connection sends.</summary>
+internal sealed class CaptureTap : Tap
+{
+    private const int EchoPort = 7; // RFC 862
+    private const int DiscardPort = 9; // RFC 863
+    private const int UnixPort = 1;
+
+    private readonly Capture _capture;
+    private readonly Conversation _conversation;
+    private readonly CancellationToken _ending;
+    private readonly bool _isUp;
+    private bool _hasEnded;
+
+    // under the capture's lock
+    private uint _acknowledged; // by the peer
+    private bool _hasFinished;
+
+    internal CaptureTap(Capture capture, Conversation conversation, bool isUp)
+    {
+        (_capture, _conversation, _isUp) = (capture, conversation, isUp);
+        TapLine line = conversation.LineOf(isUp);
+        line.Add(this);
+        _ending = line.Ending;
+        EndPoint? place = isUp ? conversation.Client : conversation.Server;
+        IPEndPoint ip = place as IPEndPoint ?? new IPEndPoint( // a stand-in of 192.0.2.0/24: TEST-NET-1, RFC 5737
+            new IPAddress([192, 0, 2, (byte)(isUp ? 1 : 2)]),
+            isUp ? capture.NextPort() : place is not null ? UnixPort : conversation.IsEcho ? EchoPort : DiscardPort);
+        (Address, Port) = (ip.Address.MapToIPv6().GetAddressBytes(), ip.Port);
+        IsV4 = ip.Address.AddressFamily == AddressFamily.InterNetwork || ip.Address.IsIPv4MappedToIPv6;
+        Sequence = (uint)(capture.Now() / 4000) + (isUp ? 0 : 1u << 31); // RFC 9293, 3.4.1: a clock of 4 us
+    }
+
+    internal CaptureTap Peer { get; private set; } = null!;
+    internal byte[] Address { get; private set; } // of IPv6; for a connection of IPv4 alone, of IPv4
+    internal int Port { get; }
+    internal bool IsV4 { get; private set; }
+    internal uint Sequence { get; private set; } // of the next byte
+
+    /// <summary>What the peer has sent is not acknowledged yet.</summary>
+    internal bool HasNews => Peer._acknowledged != Peer.Sequence;
+
+    /// <summary>For the client's side: it connects. The packets of a connection are of IPv4 if both ends are, else of IPv6.</summary>
+    internal void Begin(CaptureTap server)
+    {
+        (Peer, server.Peer) = (server, this);
+        IsV4 = server.IsV4 &= IsV4;
+        (Address, server.Address) = IsV4 ? (Address[12..], server.Address[12..]) : (Address, server.Address);
+        _ = _capture.TryAdd(this, Packet.Syn, mustFit: true) && _capture.TryAdd(server, Packet.Syn | Packet.Ack, mustFit: true)
+            && _capture.TryAdd(this, Packet.Ack, mustFit: true);
+    }
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        int most = Packet.LargestPayload(IsV4);
+        for (int i = 0; i < bytes.Length; i += most)
+        {
+            bool isLast = bytes.Length - i <= most;
+            while (!_capture.TryAdd(
+                this, isLast ? Packet.Push | Packet.Ack : Packet.Ack, bytes.Span[i..Math.Min(i + most, bytes.Length)]))
+            {
+                await _capture.RoomAsync(_ending);
+            }
+        }
+
+        await Next.WriteAsync(bytes);
+        _capture.TryAdd(Peer, Packet.Ack);
+    }
+
+    internal override async ValueTask FinishAsync()
+    {
+        while (!_capture.TryAdd(this, Packet.Fin | Packet.Ack))
+        {
+            await _capture.RoomAsync(_ending);
+        }
+
+        await Next.FinishAsync();
+        _capture.TryAdd(Peer, Packet.Ack);
+    }
+
+    /// <summary>Called for each side; the first call speaks for both.</summary>
+    internal override void End(bool isOrderly)
+    {
+        if (_hasEnded)
+        {
+            return;
+        }
+
+        _hasEnded = Peer._hasEnded = true;
+        foreach (CaptureTap side in (CaptureTap[])[this, Peer])
+        {
+            if (isOrderly && !side._hasFinished)
+            {
+                _capture.TryAdd(side, Packet.Fin | Packet.Ack, mustFit: true);
+                _capture.TryAdd(side.Peer, Packet.Ack, mustFit: true);
+            }
+            else if (!isOrderly && !_conversation.Code.StartsWith(side._isUp ? 'S' : 'C'))
+            {
+                _capture.TryAdd(side, Packet.Reset | Packet.Ack, mustFit: true);
+            }
+        }
+    }
+
+    /// <summary>A packet of it is in the capture.</summary>
+    internal void Sent(int flags, int length)
+    {
+        Sequence += (uint)length + ((flags & (Packet.Syn | Packet.Fin)) != 0 ? 1u : 0);
+        Peer._acknowledged = Peer.Sequence;
+        _hasFinished |= (flags & Packet.Fin) != 0;
+    }
+}
+
+/// <summary>Packets as blocks of a pcapng file (draft-ietf-opsawg-pcapng), which begin with IPv4 (RFC 791) or IPv6 (RFC 8200),
+/// then TCP (RFC 9293).</summary>
+internal static class Packet
+{
+    internal const int Fin = 1;
+    internal const int Syn = 2;
+    internal const int Reset = 4;
+    internal const int Push = 8;
+    internal const int Ack = 16;
+    internal const int LargestBlock = BlockHead + 65536 + BlockTail; // its packet is of 65535 bytes, and padded
+
+    private const int BlockHead = 28;
+    private const int BlockTail = 4;
+    private const int RawPackets = 101; // LINKTYPE_RAW
+    private const int Tcp = 6; // protocol number
+    private const int TcpHead = 20;
+    private const int SynOptions = 8;
+    private const int WindowScale = 14; // the largest, RFC 7323, 2.3: a window of 1 GB, which a capture's connection never fills
+
+    internal static int LargestPayload(bool isV4) => ushort.MaxValue - IpHead(isV4) - TcpHead;
+
+    /// <summary>The length of the block of a packet.</summary>
+    internal static int Block(CaptureTap from, int flags, int payload) =>
+        BlockHead + ((Heads(from.IsV4, flags) + payload + 3) & ~3) + BlockTail;
+
+    /// <summary>Of the blocks that <paramref name="bytes"/> begin with, those that fit into so many, in bytes.</summary>
+    internal static int WholeBlocks(ReadOnlySpan<byte> bytes, long room)
+    {
+        int whole = 0;
+        while (whole < bytes.Length)
+        {
+            int next = whole + BinaryPrimitives.ReadInt32LittleEndian(bytes[(whole + 4)..]);
+            if (next > room)
+            {
+                break;
+            }
+
+            whole = next;
+        }
+
+        return whole;
+    }
+
+    /// <summary>What a file begins with: a section header and the description of its one interface.</summary>
+    internal static byte[] Head()
+    {
+        byte[] name = Encoding.ASCII.GetBytes("tcpproxy");
+        byte[] bytes =
+        [
+            .. Word(0x0A0D0D0A), .. Word(44), .. Word(0x1A2B3C4D), .. Word(1), .. Word(-1), .. Word(-1), // version 1.0, any length
+            4, 0, 8, 0, .. name, .. Word(0), // shb_userappl
+            .. Word(44),
+            .. Word(1), .. Word(44), .. Word(RawPackets), .. Word(0),
+            2, 0, 8, 0, .. name, 9, 0, 1, 0, 9, 0, 0, 0, .. Word(0), // if_name; if_tsresol: 10^-9 s
+            .. Word(44),
+        ];
+        return bytes;
+
+        static byte[] Word(int value)
+        {
+            byte[] word = new byte[4];
+            BinaryPrimitives.WriteInt32LittleEndian(word, value);
+            return word;
+        }
+    }
+
+    /// <summary>Fills <paramref name="block"/> and counts the packet as sent.</summary>
+    internal static void Write(Span<byte> block, long time, CaptureTap from, int flags, ReadOnlySpan<byte> payload)
+    {
+        int ip = IpHead(from.IsV4);
+        int head = Heads(from.IsV4, flags);
+        int length = head + payload.Length;
+        block[..(BlockHead + head)].Clear();
+        block[^8..].Clear(); // the padding
+        BinaryPrimitives.WriteInt32LittleEndian(block, 6); // enhanced packet block
+        BinaryPrimitives.WriteInt32LittleEndian(block[4..], block.Length);
+        BinaryPrimitives.WriteUInt32LittleEndian(block[12..], (uint)(time >> 32));
+        BinaryPrimitives.WriteUInt32LittleEndian(block[16..], (uint)time);
+        BinaryPrimitives.WriteInt32LittleEndian(block[20..], length); // captured
+        BinaryPrimitives.WriteInt32LittleEndian(block[24..], length); // of the packet
+        BinaryPrimitives.WriteInt32LittleEndian(block[^4..], block.Length);
+        Span<byte> packet = block.Slice(BlockHead, length);
+        payload.CopyTo(packet[head..]);
+        WriteIp(packet, from);
+        WriteTcp(packet[ip..], from, flags, head - ip);
+        ulong sum = Sum(from.Address, Sum(from.Peer.Address, Network(Tcp) + Network(length - ip))); // of the pseudo-header
+        MemoryMarshal.Write(packet[(ip + 16)..], Fold(Sum(packet[ip..], sum)));
+        from.Sent(flags, payload.Length);
+    }
+
+    private static void WriteIp(Span<byte> packet, CaptureTap from)
+    {
+        const int Hops = 64;
+        if (from.IsV4)
+        {
+            packet[0] = 0x45;
+            BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)packet.Length);
+            packet[6] = 0x40; // do not fragment; so the identification may be 0 (RFC 6864, 4.1)
+            (packet[8], packet[9]) = (Hops, Tcp);
+            from.Address.CopyTo(packet[12..]);
+            from.Peer.Address.CopyTo(packet[16..]);
+            MemoryMarshal.Write(packet[10..], Fold(Sum(packet[..IpHead(true)], 0)));
+        }
+        else
+        {
+            packet[0] = 0x60;
+            BinaryPrimitives.WriteUInt16BigEndian(packet[4..], (ushort)(packet.Length - IpHead(false)));
+            (packet[6], packet[7]) = (Tcp, Hops);
+            from.Address.CopyTo(packet[8..]);
+            from.Peer.Address.CopyTo(packet[24..]);
+        }
+    }
+
+    private static void WriteTcp(Span<byte> segment, CaptureTap from, int flags, int head)
+    {
+        BinaryPrimitives.WriteUInt16BigEndian(segment, (ushort)from.Port);
+        BinaryPrimitives.WriteUInt16BigEndian(segment[2..], (ushort)from.Peer.Port);
+        BinaryPrimitives.WriteUInt32BigEndian(segment[4..], from.Sequence);
+        BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? from.Peer.Sequence : 0);
+        (segment[12], segment[13]) = ((byte)(head << 2), (byte)flags);
+        BinaryPrimitives.WriteUInt16BigEndian(segment[14..], ushort.MaxValue);
+        if ((flags & Syn) != 0)
+        {
+            (segment[20], segment[21]) = (2, 4); // maximum segment size
+            BinaryPrimitives.WriteUInt16BigEndian(segment[22..], (ushort)LargestPayload(from.IsV4));
+            (segment[24], segment[25], segment[26], segment[27]) = (1, 3, 3, WindowScale); // after one byte of nothing
+        }
+    }
+
+    private static int IpHead(bool isV4) => isV4 ? 20 : 40;
+
+    private static int Heads(bool isV4, int flags) => IpHead(isV4) + TcpHead + ((flags & Syn) != 0 ? SynOptions : 0);
+
+    private static ulong Network(int number) => (ushort)IPAddress.HostToNetworkOrder((short)number);
+
+    /// <summary>The sum of RFC 1071, in whatever order of bytes the machine has (2B), not folded yet.</summary>
+    internal static ulong Sum(ReadOnlySpan<byte> bytes, ulong sum)
+    {
+        ReadOnlySpan<Vector<uint>> vectors = MemoryMarshal.Cast<byte, Vector<uint>>(bytes);
+        Vector<ulong> sums = Vector<ulong>.Zero;
+        foreach (Vector<uint> words in vectors)
+        {
+            Vector.Widen(words, out Vector<ulong> low, out Vector<ulong> high);
+            sums += low + high;
+        }
+
+        sum += Vector.Sum(sums);
+        foreach (uint word in MemoryMarshal.Cast<byte, uint>(bytes[(vectors.Length * Vector<byte>.Count)..]))
+        {
+            sum += word;
+        }
+
+        uint rest = 0;
+        bytes[(bytes.Length & ~3)..].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref rest)));
+        return sum + rest;
+    }
+
+    internal static ushort Fold(ulong sum)
+    {
+        while (sum > ushort.MaxValue)
+        {
+            sum = (sum & ushort.MaxValue) + (sum >> 16);
+        }
+
+        return (ushort)~sum;
     }
 }
 
