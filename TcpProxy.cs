@@ -267,7 +267,7 @@ internal sealed class Option(
             "A server is down after N checks in a row that did not.",
             (_, r, v) => r.Pool.CheckFall = Units.ParseCount(v, least: 1)),
         new("check-send", '\0', "TEXT", "health", Scope.Route, "",
-            "A check sends TEXT. \\n \\r \\t \\\\ and \\xNN stand for bytes.",
+            "A check sends TEXT. \\n \\r \\t \\0 \\\\ and \\xNN stand for bytes.",
             (_, r, v) => r.Pool.CheckSend = Text.Unescape(v)),
         new("check-expect", '\0', "TEXT", "health", Scope.Route, "",
             "A check goes well only if TEXT is in the first 16k of the answer. Escapes as in --check-send.",
@@ -377,6 +377,24 @@ internal sealed class Option(
         new("pcap-rotate", '\0', "SIZE", "inspect", Scope.Process, "off",
             "Go on in FILE1, FILE2 and so on when a capture file has reached SIZE (at least 64k), as tcpdump -C does.",
             (s, _, v) => s.Captures.Rotate = v is "0" or "off" ? 0 : Units.ParseSize(v, least: 64 << 10)),
+
+        new("replace-up", '\0', "OLD=>NEW", "modify", Scope.Route, "",
+            "Put the bytes NEW in the place of OLD in what clients send. Repeatable, and as cheap for many: the leftmost match "
+            + "wins, of those in one place the one written first, and what was put in is not looked at again. Escapes as in "
+            + "--check-send; \\x3d> is a => in OLD. Bytes that may become a match are held until more comes, but no longer than "
+            + "100 ms: then they go on as they are. A protocol that says lengths beforehand (HTTP's Content-Length, redis) "
+            + "breaks when OLD and NEW differ in length; what TLS carries is not seen.",
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, MatchRule.ParseReplace(v))),
+        new("replace-down", '\0', "OLD=>NEW", "modify", Scope.Route, "",
+            "The same in what servers send.",
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v))),
+        new("block-up", '\0', "PATTERN", "modify", Scope.Route, "",
+            "Reset the connection before the bytes PATTERN pass from a client. Found as --replace-up finds them, so a client "
+            + "that waits 100 ms in the middle of them gets them past.",
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null))),
+        new("block-down", '\0', "PATTERN", "modify", Scope.Route, "",
+            "The same before they pass from a server.",
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
@@ -4450,6 +4468,9 @@ internal abstract class TapSettings
     }
 
     internal abstract void AddTo(Conversation conversation);
+
+    /// <summary>It has to do with that direction.</summary>
+    internal virtual bool IsOn(bool isUp) => true;
 }
 
 /// <summary>A tap ends the connection, with a FIN to both sides if <paramref name="isOrderly"/>, else with a reset.</summary>
@@ -4466,6 +4487,7 @@ internal sealed class TapException(string code, string words, bool isOrderly = f
 internal abstract class Tap
 {
     internal Tap Next { get; set; } = null!; // the last one is a Delivery, which needs none
+    internal TapLine Line { get; set; } = null!; // the one it stands in: of the echo server there is one for both directions
 
     /// <summary>The bytes are the caller's again when this is done.</summary>
     internal abstract ValueTask WriteAsync(ReadOnlyMemory<byte> bytes);
@@ -4510,9 +4532,9 @@ internal sealed class TapLine
 
         _delivery = new Delivery(target);
         _taps.Add(_delivery);
-        for (int i = 1; i < _taps.Count; i++)
+        for (int i = 0; i + 1 < _taps.Count; i++)
         {
-            _taps[i - 1].Next = _taps[i];
+            (_taps[i].Line, _taps[i].Next) = (this, _taps[i + 1]);
         }
 
         return this;
@@ -5486,6 +5508,262 @@ internal static class Packet
         }
 
         return (ushort)~sum;
+    }
+}
+
+// ---- replace and block
+
+/// <summary>Bytes to look for and what to put in their place, or null where they end the connection.</summary>
+internal sealed class MatchRule(string text, string pattern, string? replacement)
+{
+    internal string Text { get; } = text; // as it was typed
+    internal byte[] Pattern { get; } = pattern.Length > 0 ? global::TcpProxy.Text.Unescape(pattern)
+        : throw new FormatException($"'{text}': nothing to look for");
+    internal byte[]? Replacement { get; } = replacement is null ? null : global::TcpProxy.Text.Unescape(replacement);
+
+    /// <exception cref="FormatException">it is not OLD=>NEW</exception>
+    internal static MatchRule ParseReplace(string text) =>
+        text.IndexOf("=>", StringComparison.Ordinal) is int arrow and >= 0 ? new(text, text[..arrow], text[(arrow + 2)..])
+        : throw new FormatException($"'{text}' has no =>; write OLD=>NEW");
+}
+
+/// <summary>The rules of one kind that follow each other in a direction: they are one tap, and cost one pass.</summary>
+internal sealed class MatchSettings(bool isUp, params MatchRule[] rules) : TapSettings
+{
+    private const int Largest = 16 << 10; // bytes of all patterns of a tap, which makes 32 MB of nodes
+
+    private readonly MatchRule[] _rules = rules;
+    private Matcher? _matcher;
+
+    internal int Rules => _rules.Length;
+
+    /// <summary>Into a list whose settings other routes may share: they stay as they are.</summary>
+    internal static void Add(List<TapSettings> taps, bool isUp, MatchRule rule)
+    {
+        int last = taps.FindLastIndex(tap => tap.IsOn(isUp));
+        if (last >= 0 && taps[last] is MatchSettings same && same._rules[0].Replacement is null == rule.Replacement is null)
+        {
+            taps[last] = new MatchSettings(isUp, [.. same._rules, rule]);
+        }
+        else
+        {
+            taps.Add(new MatchSettings(isUp, rule));
+            last = taps.Count - 1;
+        }
+
+        int size = 0;
+        Array.ForEach(((MatchSettings)taps[last])._rules, one => size += one.Pattern.Length);
+        if (size > Largest)
+        {
+            throw new FormatException($"the patterns together have {size} bytes; they may have {Largest}");
+        }
+    }
+
+    internal override bool IsOn(bool up) => up == isUp;
+
+    internal override void Open(Log log) => _matcher ??= new Matcher(Array.ConvertAll(_rules, rule => rule.Pattern));
+
+    internal override void AddTo(Conversation conversation) => conversation.LineOf(isUp).Add(new MatchTap(_matcher!, _rules));
+}
+
+/// <summary>A state of a Matcher: bytes that have come and may yet become a match. They are the beginning of a pattern, so
+/// whoever waits here needs no copy of them. 2 KB, and there are as many as the patterns have bytes.</summary>
+internal sealed class MatchNode(byte[] pattern, int depth)
+{
+    internal MatchNode?[] Moves { get; } = new MatchNode?[256]; // by the next byte; null: what has been found is the match
+    internal ReadOnlyMemory<byte> Held => pattern.AsMemory(0, depth);
+    internal bool IsEnd { get; set; } = true; // nothing that comes can make the match another
+    internal int Found { get; set; } = -1; // the pattern that lies in these bytes
+    internal int FoundAt { get; private set; }
+    internal MatchNode? Fail { get; private set; } // the longest end of these bytes that is a node too; null as above
+
+    internal void FailTo(MatchNode? fail, MatchNode parent)
+    {
+        int skipped = depth - fail?.Held.Length ?? 0;
+        if (Found < 0)
+        {
+            (Found, FoundAt) = fail is { Found: >= 0 } && (parent.Found < 0 || skipped + fail.FoundAt <= parent.FoundAt)
+                ? (fail.Found, skipped + fail.FoundAt) : (parent.Found, parent.FoundAt);
+        }
+
+        Fail = Found < 0 || FoundAt >= skipped ? fail : null;
+    }
+}
+
+/// <summary>Finds the leftmost match of many patterns, and of those in one place the first one's, in one pass over what comes
+/// in pieces: the automaton of Aho and Corasick (1975), all its moves worked out. Only what follows a match that had to wait
+/// for a longer one is looked at twice.</summary>
+internal sealed class Matcher
+{
+    private readonly byte[][] _patterns;
+    private readonly SearchValues<byte> _firsts;
+
+    internal Matcher(byte[][] patterns)
+    {
+        _patterns = patterns;
+        _firsts = SearchValues.Create(Array.ConvertAll(patterns, pattern => pattern[0]));
+        List<MatchNode> nodes = [Root];
+        for (int p = 0; p < patterns.Length; p++)
+        {
+            MatchNode node = Root;
+            for (int i = 0; i < patterns[p].Length && node.Found < 0; i++)
+            {
+                node.IsEnd = false;
+                node = node.Moves[patterns[p][i]] ??= new MatchNode(patterns[p], i + 1);
+            }
+
+            node.Found = node.Found < 0 ? p : node.Found; // one that begins with one written before it is never the match
+        }
+
+        for (int i = 0; i < 256 * nodes.Count; i++) // from the root outward
+        {
+            MatchNode node = nodes[i >> 8];
+            ref MatchNode? move = ref node.Moves[i & 255];
+            MatchNode? other = node == Root ? Root : node.Fail?.Moves[i & 255];
+            if (move is not null)
+            {
+                move.FailTo(other, node);
+                nodes.Add(move);
+            }
+
+            move ??= other;
+        }
+    }
+
+    internal MatchNode Root { get; } = new([], 0);
+
+    /// <summary>The next match in <paramref name="bytes"/>, of which those before <paramref name="at"/> have led to
+    /// <paramref name="node"/>; at is its end then. When there is none, what the node holds may be the beginning of one,
+    /// unless these bytes are the last.</summary>
+    internal bool Find(ReadOnlySpan<byte> bytes, bool isLast, ref int at, ref MatchNode node, out int start, out int pattern)
+    {
+        MatchNode? next = node;
+        while (at < bytes.Length && next is not null)
+        {
+            if (node == Root && bytes[at..].IndexOfAny(_firsts) is int skip and not 0)
+            {
+                at = skip < 0 ? bytes.Length : at + skip;
+                continue;
+            }
+
+            next = node.Moves[bytes[at]];
+            (node, at) = next is null ? (node, at) : (next, at + 1);
+        }
+
+        pattern = next is null || isLast || node.IsEnd ? node.Found : -1;
+        start = at - node.Held.Length + node.FoundAt;
+        if (pattern >= 0)
+        {
+            (at, node) = (start + _patterns[pattern].Length, Root);
+        }
+
+        return pattern >= 0;
+    }
+}
+
+/// <summary>Replaces what its rules find, or ends the connection. What may become a match at the end of a read is held for
+/// as long as <paramref name="patience"/> (ms); then it is decided without what comes later.</summary>
+#pragma warning disable CA1001 // a semaphore without a wait handle holds nothing to dispose of
+internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience = 100) : Tap
+#pragma warning restore CA1001
+{
+    private const int OutputSize = 64 << 10;
+
+    private readonly SemaphoreSlim _turn = new(1); // of the pump, or of the timer
+    private Timer? _timer; // owned; disposed by End
+    private MatchNode _node = matcher.Root; // where the bytes that are held wait
+    private long _offset; // of the first of them in the direction
+    private long _due; // ms: when they go on
+    private byte[] _output = []; // rented while there is something in it
+    private int _filled;
+
+    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes) => EditAsync(bytes, isLast: false);
+
+    internal override async ValueTask FinishAsync()
+    {
+        await EditAsync(default, isLast: true);
+        await Next.FinishAsync();
+    }
+
+    internal override void End(bool isOrderly) => _timer?.Dispose();
+
+    private static void PassHeld(object? tap) => _ = ((MatchTap)tap!).EditAsync(default, isLast: true, isTimer: true).AsTask();
+
+    private async ValueTask EditAsync(ReadOnlyMemory<byte> bytes, bool isLast, bool isTimer = false)
+    {
+        byte[] joined = [];
+        await _turn.WaitAsync();
+        try
+        {
+            ReadOnlyMemory<byte> held = _node.Held;
+            if (isTimer && held.Length > 0 && _due - Environment.TickCount64 is long left and > 0)
+            {
+                _timer!.Change(left, Timeout.Infinite); // more has come meanwhile
+                return;
+            }
+
+            if (held.Length > 0)
+            {
+                joined = ArrayPool<byte>.Shared.Rent(held.Length + bytes.Length);
+                held.CopyTo(joined);
+                bytes.CopyTo(joined.AsMemory(held.Length));
+                bytes = joined.AsMemory(0, held.Length + bytes.Length);
+            }
+
+            await ReplaceAsync(bytes, held.Length, isLast);
+            if (_node != matcher.Root)
+            {
+                _due = Environment.TickCount64 + patience;
+                _timer ??= new Timer(PassHeld, this, Timeout.Infinite, Timeout.Infinite);
+                _timer.Change(patience, Timeout.Infinite);
+            }
+        }
+        catch (Exception e) when (isTimer)
+        {
+            Line.Fail(e);
+        }
+        finally
+        {
+            ArrayPool<byte>.Shared.Return(joined);
+            ArrayPool<byte>.Shared.Return(_output);
+            (_output, _filled) = ([], 0);
+            _turn.Release();
+        }
+    }
+
+    private async ValueTask ReplaceAsync(ReadOnlyMemory<byte> bytes, int at, bool isLast)
+    {
+        int done = 0;
+        while (matcher.Find(bytes.Span, isLast, ref at, ref _node, out int start, out int pattern))
+        {
+            byte[]? replacement = rules[pattern].Replacement;
+            await AddAsync(bytes[done..start], isFlush: replacement is null);
+            await AddAsync(replacement ?? throw new TapException(
+                "PD", $"blocked by '{rules[pattern].Text}' at byte {_offset + start}"));
+            done = at;
+        }
+
+        _node = isLast ? matcher.Root : _node;
+        ReadOnlyMemory<byte> rest = bytes[done..^_node.Held.Length];
+        _offset += done + rest.Length;
+        await (_filled > 0 ? AddAsync(rest, isFlush: true) : rest.Length > 0 ? Next.WriteAsync(rest) : default);
+    }
+
+    private async ValueTask AddAsync(ReadOnlyMemory<byte> bytes, bool isFlush = false)
+    {
+        _output = _output.Length > 0 ? _output : ArrayPool<byte>.Shared.Rent(OutputSize);
+        while (bytes.Length > 0 || (isFlush && _filled > 0))
+        {
+            int length = Math.Min(bytes.Length, OutputSize - _filled);
+            bytes[..length].CopyTo(_output.AsMemory(_filled));
+            bytes = bytes[length..];
+            _filled += length;
+            if (_filled == OutputSize || (isFlush && bytes.Length == 0))
+            {
+                await Next.WriteAsync(_output.AsMemory(0, _filled));
+                _filled = 0;
+            }
+        }
     }
 }
 
@@ -7711,7 +7989,7 @@ internal static class Text
         }
     }
 
-    /// <summary>Text with the escapes \n \r \t \\ and \xNN, as bytes.</summary>
+    /// <summary>Text with the escapes \n \r \t \0 \\ and \xNN, as bytes.</summary>
     /// <exception cref="FormatException">another escape</exception>
     internal static byte[] Unescape(string text)
     {
@@ -7724,11 +8002,11 @@ internal static class Text
             i = end + 1;
             if (end < text.Length)
             {
-                int plain = i < text.Length ? "nrt\\".IndexOf(text[i], StringComparison.Ordinal) : -1;
-                bytes.Add(plain >= 0 ? "\n\r\t\\"u8[plain]
+                int plain = i < text.Length ? "nrt0\\".IndexOf(text[i], StringComparison.Ordinal) : -1;
+                bytes.Add(plain >= 0 ? "\n\r\t\0\\"u8[plain]
                     : i + 2 < text.Length && text[i] == 'x'
                         && byte.TryParse(text.AsSpan(i + 1, 2), NumberStyles.AllowHexSpecifier, null, out byte code) ? code
-                    : throw new FormatException($"'{text}': a backslash stands before n, r, t, another backslash or xNN"));
+                    : throw new FormatException($"'{text}': a backslash stands before n, r, t, 0, another backslash or xNN"));
                 i += plain >= 0 ? 0 : 2;
             }
         }

@@ -13,7 +13,7 @@ namespace TcpProxy.Tests;
 public sealed class FuzzTests
 {
     private const int Iterations = 30_000;
-    private const int Tests = 6; // of all classes, one after the other
+    private const int Tests = 7; // of all classes, one after the other
 
     private static readonly string[] Pieces =
     [
@@ -21,7 +21,7 @@ public sealed class FuzzTests
         "0", "1", "80", "8080", "65535", "65536", "99999999999999999999", "-1", "1-5", "5-1", "off", "echo", "discard",
         "localhost", "127.0.0.1", "1.2.3", "::1", "[::1]:80", "fe80::1%lo", "unix:", "unix:/tmp/x", "fd:", "fd:3", "a:1",
         "5s", "5x", "10m", "1h", "64k", "1g", "text", "json", "config", "/dev/null", "help", "once",
-        "weight=3", "weight=", "backup", "name=x", "max-connections=9", "slow-start=5s", "wieght=1", "\\x4", "\\n",
+        "weight=3", "weight=", "backup", "=>", "a=>b", "\\0", "name=x", "max-connections=9", "slow-start=5s", "wieght=1", "\\x4", "\\n",
         .. Option.Table.Select(o => $"--{o.Name}"), .. Option.Table.Select(o => $"{o.Name} "),
         .. Option.Table.Where(o => o.Letter != '\0').Select(o => $"-{o.Letter}"),
     ];
@@ -48,6 +48,7 @@ public sealed class FuzzTests
         Attempt(() => UpstreamAddress.Parse(word), [word]);
         Attempt(() => UpstreamSettings.Parse(word), [word]);
         Attempt(() => Text.Unescape(word), [word]);
+        Attempt(() => MatchRule.ParseReplace(word), [word]);
         Attempt(() => Units.ParseTime(word), [word]);
         Attempt(() => Units.ParseSize(word), [word]);
         Attempt(() => Units.ParseCount(word), [word]);
