@@ -396,6 +396,18 @@ internal sealed class Option(
             "The same before they pass from a server.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
 
+        new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
+            "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
+            + "bandwidth rate=KB/s, slow_close delay=MS, timeout timeout=MS, reset_peer timeout=MS, slicer average_size=BYTES "
+            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, which "
+            + "are toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s, 10k are understood as well. stream=upstream is "
+            + "for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
+            + "works on the result of the one before.",
+            (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v))),
+        new("seed", '\0', "N", "faults", Scope.Process, "",
+            "Let chance repeat itself: with the same N, the n-th connection of a route meets the same toxics, jitter and slices.",
+            (s, _, v) => s.Seed = Units.ParseCount(v)),
+
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
             "Log as text (logfmt), json (the same keys) or off.",
             (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
@@ -564,14 +576,14 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>weight=3 and the like belong to the upstream that they follow.</summary>
+    /// <summary>weight=3 and the like belong to the upstream, or the toxic, that they follow.</summary>
     private static void AddSetting(string word, List<Setting> typed, List<string> positional, bool isPositional)
     {
         if (isPositional && positional.Count > 1)
         {
             positional[^1] += $" {word}";
         }
-        else if (!isPositional && typed[^1].Option.Name == "upstream")
+        else if (!isPositional && typed[^1].Option.Name is "upstream" or "toxic")
         {
             typed[^1] = typed[^1].With(word);
         }
@@ -929,6 +941,7 @@ internal sealed class Settings
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
     internal int Threads { get; set; } // 0 = one a processor
+    internal long Seed { get; set; } = Random.Shared.NextInt64(); // of the toxics' chance
     internal string? PidFile { get; set; }
     internal string? PortFile { get; set; }
     internal bool Once { get; set; }
@@ -1039,6 +1052,7 @@ internal sealed class Route
 {
     private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
     private long _rate; // the state of its connect rate
+    private long _numbers; // given out
 
     internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
     {
@@ -1085,6 +1099,9 @@ internal sealed class Route
 
     /// <summary>It needs no first bytes.</summary>
     internal bool IsPlain { get; }
+
+    /// <summary>Which of the route's connections it is, where taps want to know.</summary>
+    internal long NextNumber() => Settings.Taps.Count == 0 ? 0 : Interlocked.Increment(ref _numbers);
 
     /// <summary>Null when there is room for one more.</summary>
     internal CloseReason? TryEnter() =>
@@ -1289,6 +1306,7 @@ internal sealed class Proxy
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
         ConnectionLine line = new(route.Title);
+        long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
         Connection connection = default;
@@ -1338,7 +1356,7 @@ internal sealed class Proxy
                 line.Connected(connection.Server);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
-                        isEcho: connection.Upstream!.Kind == AddressKind.Echo);
+                        isEcho: connection.Upstream!.Kind == AddressKind.Echo, _settings.Seed, number);
                 reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
@@ -2447,7 +2465,7 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     /// <summary>Whether a word looks like a setting, known or not: backup, or key=value.</summary>
     internal static bool IsOne(string word) => word == "backup"
         || (word.IndexOf('=', StringComparison.Ordinal) is int end and > 0
-            && word[0] != '-' && Array.TrueForAll(word[..end].ToCharArray(), c => char.IsAsciiLetterLower(c) || c == '-'));
+            && word[0] != '-' && Array.TrueForAll(word[..end].ToCharArray(), c => char.IsAsciiLetterLower(c) || c is '-' or '_'));
 
     /// <summary>ADDR [weight=N] [backup] [max-connections=N] [slow-start=TIME] [name=TEXT]</summary>
     /// <exception cref="FormatException">it is none</exception>
@@ -3752,23 +3770,27 @@ internal class Bridge : PumpOwner
         bool isLast = _reason is null && Volatile.Read(ref _references) == 1;
         if (!isLast && (_reason is null || _reason.IsOrderly))
         {
-            try
-            {
-                pump.Target?.Shutdown(SocketShutdown.Send);
-            }
-            catch (Exception e) when (e is SocketException or ObjectDisposedException)
-            {
-                // the target has gone; the other pump finds out why
-            }
+            SocketOptions.ShutDown(pump.Target, SocketShutdown.Send);
         }
     }
 
     /// <summary>An error has a culprit: the source when it was received from, else the target.</summary>
     internal override void Failed(Pump pump, Exception error)
     {
+        if (error is TapException { IsOrderly: true } end)
+        {
+            // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
+            Interlocked.CompareExchange(ref _reason, new CloseReason(end.Code, end.Message, isOrderly: true), null);
+            SocketOptions.ShutDown(_client, SocketShutdown.Both);
+            SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
+            Cancel();
+            return;
+        }
+
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message, tap.IsOrderly) : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message)
+                : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -3800,8 +3822,7 @@ internal class Bridge : PumpOwner
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
         Close(_client, first);
         Close(_upstream, first);
-        _up.Cancel();
-        _down?.Cancel();
+        Cancel();
 
         static void Close(Socket? socket, CloseReason reason)
         {
@@ -3814,6 +3835,12 @@ internal class Bridge : PumpOwner
                 socket?.Close(0); // linger zero: a reset
             }
         }
+    }
+
+    private void Cancel()
+    {
+        _up.Cancel();
+        _down?.Cancel();
     }
 
     // ---- timeouts: called by the sweep, one to forty times a second
@@ -3854,6 +3881,12 @@ internal class Bridge : PumpOwner
 
     private bool CheckProgress(long now)
     {
+        if (_up.IsTapped || _down is { IsTapped: true }) // a tap may make a little progress for long
+        {
+            CheckStalled(_up, CloseReason.ClientReset);
+            CheckStalled(_down, CloseReason.UpstreamReset);
+        }
+
         long progress = ((_up.Progress + (_down?.Progress ?? 0)) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
         if (progress != _progress)
         {
@@ -3954,6 +3987,7 @@ internal sealed class Pump(
     /// <summary>It waits for the target, or for its rate, not for the source.</summary>
     internal bool IsSending { get; private set; }
     internal bool IsFinished { get; private set; }
+    internal bool IsTapped => taps is not null;
 
     /// <summary>Grows with each byte that moves.</summary>
     internal long Progress => Bytes + (taps?.Delivered ?? 0);
@@ -3977,6 +4011,7 @@ internal sealed class Pump(
                 if (taps is not null)
                 {
                     IsSending = true;
+                    taps.Ending.ThrowIfCancellationRequested();
                     await taps.First.WriteAsync(_buffer.Received(length));
                     IsSending = false;
                 }
@@ -4040,11 +4075,11 @@ internal sealed class Pump(
     /// <summary>What was read before there was a pump goes through its taps, too.</summary>
     private async Task<PumpEnd> OpenAsync(TapLine taps, PumpOwner owner)
     {
-        taps.Failed = error =>
+        taps.Start(error =>
         {
             IsSending = true;
             owner.Failed(this, error);
-        };
+        });
         IsSending = true;
         await taps.First.WriteAsync(taps.Spoken);
         IsSending = false;
@@ -4489,6 +4524,11 @@ internal abstract class Tap
     internal Tap Next { get; set; } = null!; // the last one is a Delivery, which needs none
     internal TapLine Line { get; set; } = null!; // the one it stands in: of the echo server there is one for both directions
 
+    /// <summary>The bridge stands: from now on the tap may fail in its own time.</summary>
+    internal virtual void Start()
+    {
+    }
+
     /// <summary>The bytes are the caller's again when this is done.</summary>
     internal abstract ValueTask WriteAsync(ReadOnlyMemory<byte> bytes);
 
@@ -4509,18 +4549,25 @@ internal sealed class TapLine
     private readonly CancellationTokenSource _ending = new();
     private readonly List<Tap> _taps = [];
     private Delivery? _delivery;
+    private Action<Exception> _failed = _ => { };
+    private TapLine _main; // itself, or the line that its taps have gone over to
+
+    internal TapLine() => _main = this;
 
     internal Tap First => _taps[0];
 
     /// <summary>What its client said before there was a bridge.</summary>
     internal byte[] Spoken { get; set; } = [];
     internal long Delivered => _delivery!.Bytes;
-    internal CancellationToken Ending => _ending.Token;
-    internal Action<Exception> Failed { private get; set; } = _ => { };
+    internal CancellationToken Ending => _main._ending.Token;
 
     internal void Add(Tap tap) => _taps.Add(tap);
 
-    internal void AddRange(TapLine line) => _taps.AddRange(line._taps);
+    internal void AddRange(TapLine line)
+    {
+        _taps.AddRange(line._taps);
+        line._main = this;
+    }
 
     /// <summary>Null where there is no tap.</summary>
     internal TapLine? To(Socket? target)
@@ -4540,8 +4587,44 @@ internal sealed class TapLine
         return this;
     }
 
+    internal void Start(Action<Exception> failed)
+    {
+        _failed = failed;
+        _taps.ForEach(tap => tap.Start());
+    }
+
     /// <summary>What a tap did in its own time has failed.</summary>
-    internal void Fail(Exception error) => Failed(error);
+    internal void Fail(Exception error) => _main._failed(error);
+
+    /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, and 1 to 5 ms more, as the runtime's timers are.</summary>
+    internal async ValueTask UntilAsync(long time)
+    {
+        const int Day = 86_400_000; // ms: more than the timers can count may be asked for
+        while (time - Stopwatch.GetTimestamp() is long left and > 0)
+        {
+            await Task.Delay((int)Math.Min(Day, 1 + (left / (Stopwatch.Frequency / 1000))), Ending);
+        }
+    }
+
+    /// <summary>Ends the connection at that time, if it has not ended by then.</summary>
+    internal async Task EndAtAsync(long time, TapException end)
+    {
+        try
+        {
+            await UntilAsync(time);
+            Fail(end);
+        }
+        catch (OperationCanceledException)
+        {
+            // it has
+        }
+    }
+
+    /// <summary>Until the end of the connection.</summary>
+    internal ValueTask ForEverAsync() => new(Task.Delay(Timeout.Infinite, Ending));
+
+    /// <summary>The target gets its FIN before the source has finished.</summary>
+    internal void ShutDown() => _main._delivery!.ShutDown();
 
     internal void Cancel() => _ending.Cancel();
 
@@ -4567,6 +4650,8 @@ internal sealed class Delivery(Socket? target) : Tap
     }
 
     internal override ValueTask FinishAsync() => default;
+
+    internal void ShutDown() => SocketOptions.ShutDown(target, SocketShutdown.Send);
 }
 
 /// <summary>A connection as its taps see it. What the echo server gets passes the taps of both directions.</summary>
@@ -4577,9 +4662,10 @@ internal sealed class Conversation
 
     internal Conversation(
         List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
-        bool isEcho)
+        bool isEcho, long seed, long number)
     {
         (Route, Client, Server, IsEcho) = (route, client, server, isEcho);
+        (Seed, Number) = (seed, number);
         taps.ForEach(tap => tap.AddTo(this));
         if (isEcho)
         {
@@ -4597,6 +4683,9 @@ internal sealed class Conversation
 
     /// <summary>Why it has ended, in two letters as of CloseReason.</summary>
     internal string Code { get; private set; } = "";
+    internal long Seed { get; }
+    internal long Number { get; } // in its route, from 1
+    internal int Toxics { get; set; } // it might have met so far
 
     /// <summary>Null where that direction has no taps.</summary>
     internal TapLine? Up { get; }
@@ -5765,6 +5854,384 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
             }
         }
     }
+}
+
+// ---- toxics
+//
+// Faults on purpose, under toxiproxy's names, in its units and with its meaning (Shopify/toxiproxy, README, "Toxics"). Two
+// words of that README are taken literally where its code differs: timeout counts from the start of the connection, and not
+// anew from each message; limit_data ends in order however much is on its way.
+
+internal sealed class ToxicSettings : TapSettings
+{
+    private const int Certain = 1_000_000; // a toxicity of 1
+
+    private static readonly string[] Types =
+        ["latency", "bandwidth", "slow_close", "timeout", "reset_peer", "slicer", "limit_data"];
+
+    private static readonly string[][] Keys =
+    [
+        ["latency", "jitter"], ["rate"], ["delay"], ["timeout"], ["timeout"],
+        ["average_size", "size_variation", "delay"], ["bytes"],
+    ];
+
+    private readonly string _type;
+    private readonly long[] _values; // of its keys, stream and toxicity: microseconds, bytes, bytes a second
+
+    private ToxicSettings(string type, long[] values) => (_type, _values) = (type, values);
+
+    /// <summary>TYPE [KEY=VALUE...]</summary>
+    /// <exception cref="FormatException">it is none</exception>
+    internal static ToxicSettings Parse(string text)
+    {
+        string[] words = text.Replace('\t', ' ').Split(' ', StringSplitOptions.RemoveEmptyEntries);
+        string type = words.Length > 0 ? words[0] : "";
+        string[] keys = [.. Keys[Text.ParseWord(type, "toxic", Types)], "stream", "toxicity"];
+        long[] values = new long[keys.Length];
+        values[^1] = Certain;
+        foreach (string word in words.AsSpan(1))
+        {
+            int equals = word.IndexOf('=', StringComparison.Ordinal);
+            string key = equals < 0 ? word : word[..equals];
+            int index = Text.ParseWord(key, $"setting of {type}", keys);
+            try
+            {
+                values[index] = equals < 0 ? throw new FormatException($"needs a value, as in {key}=1")
+                    : Parse(type, key, word[(equals + 1)..]);
+            }
+            catch (FormatException e)
+            {
+                throw new FormatException($"{key}: {e.Message}");
+            }
+        }
+
+        return type != "slicer" || values[1] < values[0] ? new ToxicSettings(type, values) // else a slice could be empty
+            : throw new FormatException("slicer: needs an average_size greater than size_variation, as in average_size=100");
+    }
+
+    private static long Parse(string type, string key, string value) => key switch
+    {
+        "stream" => Text.ParseWord(value, "stream", "downstream", "upstream"),
+        "toxicity" => ParseShare(value),
+        "bytes" => Units.ParseSize(value),
+        "average_size" or "size_variation" => Units.ParseSize(value, most: 1 << 30),
+        "rate" => Text.IsDigits(value) ? Units.ParseCount(value) * 1000L : Units.ParseRate(value),
+        _ when !Text.IsDigits(value) => (long)Units.ParseTime(value).TotalMicroseconds,
+        _ => Units.ParseCount(value) * (type == "slicer" ? 1L : 1000L),
+    };
+
+    /// <summary>0 to 1 in millionths. By hand: the runtime's own way to read a fraction is large.</summary>
+    private static long ParseShare(string text)
+    {
+        int point = text.IndexOf('.', StringComparison.Ordinal);
+        string whole = point < 0 ? text : text[..point];
+        string rest = point < 0 ? "" : text[(point + 1)..];
+        return Text.IsDigits(whole + rest) && rest.Length <= 6 && whole.Length <= 1
+            && Units.ParseCount(whole + rest.PadRight(6, '0'), most: 9_999_999) is int share and <= Certain ? share
+            : throw new FormatException($"'{text}' is not between 0 and 1; write 0.25");
+    }
+
+    internal override void AddTo(Conversation conversation)
+    {
+        Chance chance = new(conversation.Seed, conversation.Number, conversation.Toxics++);
+        TapLine line = conversation.LineOf(isUp: _values[^2] == 1);
+        if (chance.Below(Certain) < _values[^1])
+        {
+            long first = _values[0];
+            line.Add(_type switch
+            {
+                "latency" => new Latency(Ticks(first), Ticks(_values[1]), line, chance),
+                "bandwidth" => new Bandwidth(first, line),
+                "slow_close" => new SlowClose(Ticks(first), line),
+                "timeout" or "reset_peer" => new DeadEnd(Ticks(first), _type == "reset_peer", line),
+                "slicer" => new Slicer(first, _values[1], Ticks(_values[2]), line, chance),
+                _ => new LimitData(first, line),
+            });
+        }
+    }
+
+    private static long Ticks(long microseconds) => microseconds * (Stopwatch.Frequency / 1_000_000);
+}
+
+/// <summary>The chance of one toxic in one connection, which is always the same for the same seed and places: SplitMix64
+/// (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).</summary>
+internal sealed class Chance(long seed, long number, int place)
+{
+    private ulong _state = Mix(Mix(Mix((ulong)seed) + (ulong)number) + (ulong)place);
+
+    internal long Below(long bound) => (long)Math.BigMul(Next(), (ulong)bound, out _);
+
+    /// <summary>From -<paramref name="bound"/> to just below it.</summary>
+    internal long Around(long bound) => Below(2 * bound) - bound;
+
+    private ulong Next() => Mix(_state += 0x9E3779B97F4A7C15);
+
+    private static ulong Mix(ulong z)
+    {
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+        return z ^ (z >> 31);
+    }
+}
+
+/// <summary>A piece passes that long after it has come, and FIN behind the last. What is held is bounded: then the source
+/// waits. Times are in ticks of <see cref="Stopwatch"/>, here and below.</summary>
+internal sealed class Latency(long latency, long jitter, TapLine line, Chance chance) : Tap
+{
+    private const int Room = 4 << 20; // bytes: at 100 ms, 40 MB a second pass
+    private const int Overhead = 128; // bytes of memory for a piece besides its own
+
+    private readonly Queue<Piece> _held = new(); // under itself, as all below it
+    private int _size;
+    private bool _isDelivering;
+    private TaskCompletionSource? _waiting; // the source, until no more than
+    private int _most; // bytes are held
+
+    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        if (bytes.IsEmpty)
+        {
+            return default;
+        }
+
+        Piece piece = new(bytes, Stopwatch.GetTimestamp() + latency + chance.Around(jitter));
+        bool isFirst;
+        lock (_held)
+        {
+            _held.Enqueue(piece);
+            _size += piece.Size;
+            (isFirst, _isDelivering) = (!_isDelivering, true);
+        }
+
+        if (isFirst)
+        {
+            _ = DeliverAsync(piece);
+        }
+
+        return WaitAsync(Room);
+    }
+
+    internal override async ValueTask FinishAsync()
+    {
+        await WaitAsync(0);
+        await Next.FinishAsync();
+    }
+
+    private ValueTask WaitAsync(int most)
+    {
+        lock (_held)
+        {
+            if (_size <= most)
+            {
+                return default;
+            }
+
+            (_most, _waiting) = (most, new(TaskCreationOptions.RunContinuationsAsynchronously));
+            return new ValueTask(_waiting.Task.WaitAsync(line.Ending));
+        }
+    }
+
+    /// <summary>Runs only while something is held.</summary>
+    private async Task DeliverAsync(Piece? piece)
+    {
+        try
+        {
+            for (; piece is not null; piece = Passed(piece))
+            {
+                await line.UntilAsync(piece.Due);
+                await Next.WriteAsync(piece.Bytes);
+            }
+        }
+#pragma warning disable CA1031 // the connection ends by it, or has ended
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            _waiting?.TrySetException(e);
+            line.Fail(e);
+        }
+    }
+
+    /// <summary>The next one.</summary>
+    private Piece? Passed(Piece piece)
+    {
+        ArrayPool<byte>.Shared.Return(piece.Array); // rule 2; when the connection ends, what is held is left to the collector
+        lock (_held)
+        {
+            _held.Dequeue();
+            _size -= piece.Size;
+            if (_size <= _most)
+            {
+                _waiting?.TrySetResult();
+            }
+
+            _isDelivering = _held.TryPeek(out Piece? next);
+            return next;
+        }
+    }
+
+    private sealed class Piece
+    {
+        private readonly int _length;
+
+        internal Piece(ReadOnlyMemory<byte> bytes, long due)
+        {
+            (_length, Due, Array) = (bytes.Length, due, ArrayPool<byte>.Shared.Rent(bytes.Length));
+            bytes.CopyTo(Array);
+        }
+
+        internal byte[] Array { get; }
+        internal long Due { get; }
+        internal int Size => Array.Length + Overhead;
+        internal ReadOnlyMemory<byte> Bytes => Array.AsMemory(0, _length);
+    }
+}
+
+/// <summary>A pace that holds on average: what a late wake-up has cost is made up for, a pause of the source is not.</summary>
+internal sealed class Pace(TapLine line)
+{
+    private static readonly long Millisecond = Stopwatch.Frequency / 1000;
+
+    private long _next;
+    private long _passedAt;
+
+    /// <summary>Waits for as long as <paramref name="cost"/>, from where the last wait should have ended.</summary>
+    internal async ValueTask WaitAsync(long cost)
+    {
+        long now = Stopwatch.GetTimestamp();
+        _next = Math.Max(_next, now - _passedAt < 10 * Millisecond ? now - (50 * Millisecond) : now) + cost;
+        await line.UntilAsync(_next - Millisecond + 1); // less than a millisecond no timer can wait
+        _passedAt = Stopwatch.GetTimestamp();
+    }
+}
+
+internal sealed class Bandwidth(long rate, TapLine line) : Tap
+{
+    private const int Slices = 50; // a second
+    private const long Never = long.MaxValue / 4;
+
+    private readonly Pace _pace = new(line);
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        while (bytes.Length > 0)
+        {
+            int length = (int)Math.Min(bytes.Length, 1 + (rate / Slices));
+            await _pace.WaitAsync(rate == 0 ? Never : length * Stopwatch.Frequency / rate);
+            await Next.WriteAsync(bytes[..length]);
+            bytes = bytes[length..];
+        }
+    }
+}
+
+internal sealed class SlowClose(long delay, TapLine line) : Tap
+{
+    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes) => Next.WriteAsync(bytes);
+
+    internal override async ValueTask FinishAsync()
+    {
+        await line.UntilAsync(Stopwatch.GetTimestamp() + delay);
+        await Next.FinishAsync();
+    }
+}
+
+/// <summary>timeout and reset_peer: nothing passes. A timeout closes the connection <paramref name="wait"/> after its start
+/// (zero: never), and at the source's FIN; a reset_peer resets it that long after the first bytes or the FIN.</summary>
+internal sealed class DeadEnd(long wait, bool isReset, TapLine line) : Tap
+{
+    private bool _isEnding;
+
+    internal override void Start()
+    {
+        if (!isReset && wait > 0)
+        {
+            End();
+        }
+    }
+
+    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        if (isReset && !bytes.IsEmpty)
+        {
+            End();
+        }
+
+        return default;
+    }
+
+    internal override ValueTask FinishAsync()
+    {
+        if (!isReset)
+        {
+            return Next.FinishAsync();
+        }
+
+        End();
+        return line.ForEverAsync();
+    }
+
+    private void End()
+    {
+        if (!_isEnding)
+        {
+            _isEnding = true;
+            _ = line.EndAtAsync(Stopwatch.GetTimestamp() + wait,
+                new TapException("PD", isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
+        }
+    }
+}
+
+/// <summary>Cuts in half, more or less by <paramref name="variation"/>, until a slice is no longer than average and
+/// variation together.</summary>
+internal sealed class Slicer(long average, long variation, long delay, TapLine line, Chance chance) : Tap
+{
+    private readonly Pace _pace = new(line);
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        if (bytes.Length - average > variation)
+        {
+            int half = (bytes.Length / 2) + (int)chance.Around(variation);
+            await WriteAsync(bytes[..half]);
+            await WriteAsync(bytes[half..]);
+        }
+        else if (bytes.Length > 0)
+        {
+            await Next.WriteAsync(bytes);
+            await _pace.WaitAsync(delay);
+        }
+    }
+}
+
+/// <summary>So many bytes pass, then FIN. A moment later the connection is closed: whoever closes a socket with bytes in it
+/// that were not received resets it, and destroys what is still on its way.</summary>
+internal sealed class LimitData(long limit, TapLine line) : Tap
+{
+    private const int Linger = 1; // s
+
+    private long _left = limit;
+    private bool _isOver;
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        if (_isOver || bytes.IsEmpty)
+        {
+            return;
+        }
+
+        int length = (int)Math.Min(bytes.Length, _left);
+        _left -= length;
+        await Next.WriteAsync(bytes[..length]);
+        if (_left == 0)
+        {
+            _isOver = true;
+            await Next.FinishAsync();
+            line.ShutDown();
+            _ = line.EndAtAsync(Stopwatch.GetTimestamp() + (Linger * Stopwatch.Frequency),
+                new TapException("PD", "toxic limit_data", isOrderly: true));
+        }
+    }
+
+    internal override ValueTask FinishAsync() => _isOver ? line.ForEverAsync() : Next.FinishAsync();
 }
 
 // == 11  PREREAD ====================================================================================================
@@ -7140,6 +7607,18 @@ internal static class SocketOptions
             }
 
             socket.Bind(new IPEndPoint(source, 0));
+        }
+    }
+
+    internal static void ShutDown(Socket? socket, SocketShutdown how)
+    {
+        try
+        {
+            socket?.Shutdown(how);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it has gone; whoever receives from it finds out why
         }
     }
 
