@@ -85,6 +85,7 @@
 using System;
 using System.Buffers;
 using System.Buffers.Binary;
+using System.Collections;
 using System.Collections.Concurrent;
 using System.Collections.Generic;
 using System.Diagnostics;
@@ -395,6 +396,17 @@ internal sealed class Option(
         new("block-down", '\0', "PATTERN", "modify", Scope.Route, "",
             "The same before they pass from a server.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
+        new("filter-up", '\0', "COMMAND", "modify", Scope.Route, "",
+            "Send what clients say through COMMAND: a process for each connection, with the client at its stdin and the server at "
+            + "its stdout (both sockets). Its words are split at blanks outside of quotes, and a backslash takes the next character as it "
+            + "is; there is no shell, unless it is written sh:COMMAND. TCPPROXY_CLIENT, TCPPROXY_UPSTREAM and TCPPROXY_ROUTE are in "
+            + "its environment, its stderr goes to the log. When it ends with status 0, the server gets a FIN and what the client still "
+            + "says is dropped; any other end resets the connection. After the client's FIN it is killed when it writes nothing for "
+            + "--fin-timeout, and always at the end of the connection.",
+            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true))),
+        new("filter-down", '\0', "COMMAND", "modify", Scope.Route, "",
+            "The same for what servers say.",
+            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: false))),
 
         new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
             "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
@@ -1356,7 +1368,7 @@ internal sealed class Proxy
                 line.Connected(connection.Server);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
-                        isEcho: connection.Upstream!.Kind == AddressKind.Echo, _settings.Seed, number);
+                        isEcho: connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
                 reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
@@ -3767,7 +3779,7 @@ internal class Bridge : PumpOwner
         }
 
         // the second of two clean ends needs no system call of its own: closing sends the FIN
-        bool isLast = _reason is null && Volatile.Read(ref _references) == 1;
+        bool isLast = end == PumpEnd.Source && _reason is null && Volatile.Read(ref _references) == 1;
         if (!isLast && (_reason is null || _reason.IsOrderly))
         {
             SocketOptions.ShutDown(pump.Target, SocketShutdown.Send);
@@ -3954,6 +3966,7 @@ internal enum PumpEnd
     NotYet,
     Source, // it has sent all it will
     Quota,
+    Tap, // which lets nothing more through; the pump goes on, and what it still receives is dropped
 }
 
 /// <summary>Owns the sockets of its pumps. Each pump holds a reference to it, and gives it back when it has ended.</summary>
@@ -4075,11 +4088,17 @@ internal sealed class Pump(
     /// <summary>What was read before there was a pump goes through its taps, too.</summary>
     private async Task<PumpEnd> OpenAsync(TapLine taps, PumpOwner owner)
     {
-        taps.Start(error =>
-        {
-            IsSending = true;
-            owner.Failed(this, error);
-        });
+        taps.Start(
+            error =>
+            {
+                IsSending = true;
+                owner.Failed(this, error);
+            },
+            () =>
+            {
+                IsFinished = true;
+                owner.Finished(this, PumpEnd.Tap);
+            });
         IsSending = true;
         await taps.First.WriteAsync(taps.Spoken);
         IsSending = false;
@@ -4550,6 +4569,7 @@ internal sealed class TapLine
     private readonly List<Tap> _taps = [];
     private Delivery? _delivery;
     private Action<Exception> _failed = _ => { };
+    private Action _finished = () => { };
     private TapLine _main; // itself, or the line that its taps have gone over to
 
     internal TapLine() => _main = this;
@@ -4587,9 +4607,9 @@ internal sealed class TapLine
         return this;
     }
 
-    internal void Start(Action<Exception> failed)
+    internal void Start(Action<Exception> failed, Action finished)
     {
-        _failed = failed;
+        (_failed, _finished) = (failed, finished);
         _taps.ForEach(tap => tap.Start());
     }
 
@@ -4623,8 +4643,8 @@ internal sealed class TapLine
     /// <summary>Until the end of the connection.</summary>
     internal ValueTask ForEverAsync() => new(Task.Delay(Timeout.Infinite, Ending));
 
-    /// <summary>The target gets its FIN before the source has finished.</summary>
-    internal void ShutDown() => _main._delivery!.ShutDown();
+    /// <summary>A tap lets nothing more through: the target gets its FIN before the source has finished.</summary>
+    internal void Finish() => _main._finished();
 
     internal void Cancel() => _ending.Cancel();
 
@@ -4650,8 +4670,6 @@ internal sealed class Delivery(Socket? target) : Tap
     }
 
     internal override ValueTask FinishAsync() => default;
-
-    internal void ShutDown() => SocketOptions.ShutDown(target, SocketShutdown.Send);
 }
 
 /// <summary>A connection as its taps see it. What the echo server gets passes the taps of both directions.</summary>
@@ -4662,10 +4680,10 @@ internal sealed class Conversation
 
     internal Conversation(
         List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
-        bool isEcho, long seed, long number)
+        bool isEcho, TimeSpan finTimeout, long seed, long number)
     {
         (Route, Client, Server, IsEcho) = (route, client, server, isEcho);
-        (Seed, Number) = (seed, number);
+        (FinTimeout, Seed, Number) = (finTimeout, seed, number);
         taps.ForEach(tap => tap.AddTo(this));
         if (isEcho)
         {
@@ -4686,6 +4704,7 @@ internal sealed class Conversation
     internal long Seed { get; }
     internal long Number { get; } // in its route, from 1
     internal int Toxics { get; set; } // it might have met so far
+    internal TimeSpan FinTimeout { get; } // zero = off
 
     /// <summary>Null where that direction has no taps.</summary>
     internal TapLine? Up { get; }
@@ -6225,13 +6244,221 @@ internal sealed class LimitData(long limit, TapLine line) : Tap
         {
             _isOver = true;
             await Next.FinishAsync();
-            line.ShutDown();
+            line.Finish();
             _ = line.EndAtAsync(Stopwatch.GetTimestamp() + (Linger * Stopwatch.Frequency),
                 new TapException("PD", "toxic limit_data", isOrderly: true));
         }
     }
 
     internal override ValueTask FinishAsync() => _isOver ? line.ForEverAsync() : Next.FinishAsync();
+}
+
+// ---- filter
+//
+// A child process in a direction, with two halves that wait each on its own. So no order in which the child reads and writes can
+// lock them up: what it does not read holds the source, what the target does not take holds the child.
+//
+//     Pump  --- WriteAsync --->  its stdin | its stdout  --- RunAsync --->  Next
+//
+// What ends a direction is the end of the child's output, and then its exit status.
+
+internal sealed class FilterSettings : TapSettings
+{
+    private const string Shell = "sh:";
+    private static readonly string[] Names = ["TCPPROXY_CLIENT", "TCPPROXY_UPSTREAM", "TCPPROXY_ROUTE"];
+
+    private readonly List<string> _environment = []; // ours, which is also the child's
+    private readonly bool _isUp;
+    private readonly string[] _words;
+    private string _path = "";
+    private Log? _log;
+
+    /// <exception cref="FormatException">it is no command</exception>
+    internal FilterSettings(string command, bool isUp)
+    {
+        bool isShell = command.StartsWith(Shell, StringComparison.Ordinal);
+        string[] words = Text.Words(isShell ? "" : command);
+        _isUp = isUp;
+        _words = !Libc.IsThere ? throw new FormatException("works on Linux only")
+            : command.Contains('\0', StringComparison.Ordinal) ? throw new FormatException("a command has no NUL character")
+            : isShell && command.AsSpan(Shell.Length).Trim().Length > 0 ? ["/bin/sh", "-c", command[Shell.Length..]]
+            : words.Length > 0 && words[0].Length > 0 ? words : throw new FormatException("names no command");
+    }
+
+    internal override void Open(Log log)
+    {
+        _log = log;
+        _path = Child.Find(_words[0]) ?? throw new IOException(
+            $"--filter-{(_isUp ? "up" : "down")}: '{_words[0]}' is not found, or may not be executed");
+        Child.Prepare();
+        _environment.Clear();
+        foreach (DictionaryEntry entry in Environment.GetEnvironmentVariables())
+        {
+            string name = (string)entry.Key;
+            if (!name.StartsWith(EventLoop.Prefix, StringComparison.Ordinal) && Array.IndexOf(Names, name) < 0)
+            {
+                _environment.Add($"{name}={entry.Value}");
+            }
+        }
+    }
+
+    internal override void AddTo(Conversation conversation) =>
+        conversation.LineOf(_isUp).Add(new FilterTap(this, conversation));
+
+    /// <exception cref="TapException">it cannot be started</exception>
+    internal Child Run(Conversation about)
+    {
+        try
+        {
+            return Child.Run(_path, [.. _words, null], about.FinTimeout,
+                [$"{Names[0]}={Text.Of(about.Client)}", $"{Names[1]}={Text.Of(about.Server)}", $"{Names[2]}={about.Route}",
+                    .. _environment, null]);
+        }
+        catch (IOException e)
+        {
+            throw new TapException("PD", $"filter not started: {Text.Reason(e)}");
+        }
+    }
+
+    internal void Say(Conversation about, string text) =>
+        _log!.Client(LogLevel.Warn, "filter", about.Route, about.Client, text);
+}
+
+internal sealed class FilterTap(FilterSettings settings, Conversation about) : Tap
+{
+    private const int Chunk = 64 << 10; // bytes
+    private const int Burst = 1 << 20; // bytes after which others of this event loop have their turn
+    private const int LongestLine = 1024; // bytes of stderr; a longer one becomes two
+    private const int MostLines = 10; // a second
+
+    private Task<Child> _start = null!;
+    private Task _work = null!;
+    private bool _isFinishing; // the source has finished
+
+    /// <summary>Starting a process blocks until its program is loaded: not on an event loop (rule 6).</summary>
+    internal override void Start()
+    {
+        _start = Task.Run(() => settings.Run(about));
+        _work = RunAsync();
+    }
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        Child child = await _start;
+        if (_work.IsCompleted)
+        {
+            await _work; // which throws, unless it has finished well: then what still comes is dropped
+        }
+        else
+        {
+            await child.WriteAsync(bytes);
+        }
+    }
+
+    internal override async ValueTask FinishAsync()
+    {
+        Child child = await _start;
+        _isFinishing = true;
+        child.CloseInput();
+        await _work;
+    }
+
+    private async Task RunAsync()
+    {
+        Child? child = null;
+        try
+        {
+            child = await _start;
+            _ = Line.Ending.UnsafeRegister(static child => ((Child)child!).Kill(), child);
+            _ = LogErrorsAsync(child.Errors);
+            await CopyAsync(child);
+            if (await child.EndAsync() is { } failure)
+            {
+                throw new TapException("PD", $"filter {failure}");
+            }
+
+            await Next.FinishAsync();
+            if (!_isFinishing)
+            {
+                Line.Finish();
+            }
+        }
+        catch (Exception e)
+        {
+            Line.Fail(e);
+            throw; // to the pump, if it is here or comes
+        }
+        finally
+        {
+            child?.Dispose();
+        }
+    }
+
+    private async Task CopyAsync(Child child)
+    {
+        int burst = 0;
+        while (true)
+        {
+            await child.ReadAsync(Memory<byte>.Empty); // only waits: who is silent holds no buffer
+            byte[] buffer = ArrayPool<byte>.Shared.Rent(Chunk);
+            try
+            {
+                int length = await child.ReadAsync(buffer);
+                if (length == 0)
+                {
+                    return;
+                }
+
+                child.IsHeldUp = true;
+                await Next.WriteAsync(buffer.AsMemory(0, length));
+                child.IsHeldUp = false;
+                burst += length;
+            }
+            finally
+            {
+                ArrayPool<byte>.Shared.Return(buffer);
+            }
+
+            if (burst >= Burst)
+            {
+                burst = 0;
+                await EventLoop.TurnAsync();
+            }
+        }
+    }
+
+    /// <summary>All of stderr is read, so that nobody waits for the log, but only so many lines a second get there.</summary>
+    private async Task LogErrorsAsync(Socket errors)
+    {
+        byte[] bytes = new byte[LongestLine];
+        int length = 0;
+        int lines = 0; // in this second
+        long second = 0;
+        using Socket owned = errors;
+        while (await Child.ReadAsync(errors, bytes.AsMemory(length)) is int read && read + length > 0)
+        {
+            length += read;
+            int end = bytes.AsSpan(0, length).IndexOf((byte)'\n');
+            while (end >= 0 || length == LongestLine || (read == 0 && length > 0))
+            {
+                Say(Encoding.UTF8.GetString(bytes.AsSpan(0, end < 0 ? length : end)).TrimEnd('\r'));
+                int next = end < 0 ? length : end + 1;
+                bytes.AsSpan(next, length - next).CopyTo(bytes);
+                length -= next;
+                end = bytes.AsSpan(0, length).IndexOf((byte)'\n');
+            }
+        }
+
+        void Say(string text)
+        {
+            long now = Environment.TickCount64 / 1000;
+            (second, lines) = now == second ? (second, lines + 1) : (now, 1);
+            if (lines <= MostLines)
+            {
+                settings.Say(about, lines < MostLines ? text : "more of its lines in this second are left out");
+            }
+        }
+    }
 }
 
 // == 11  PREREAD ====================================================================================================
@@ -6902,6 +7129,18 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
     }
 }
 
+/// <summary>About a connection that lives.</summary>
+internal sealed class ClientLine(LogLevel level, string name, string route, EndPoint? client, string message)
+    : LogLine(level, name)
+{
+    protected override void AddKeys(LogText text)
+    {
+        text.Add("route", route);
+        text.Add("client", Text.Of(client));
+        text.Add("message", message);
+    }
+}
+
 /// <summary>A line whose point is a number.</summary>
 internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
@@ -7083,6 +7322,9 @@ internal sealed class Log : IDisposable
 
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
         Write(new MessageLine(level, name, route, message));
+
+    internal void Client(LogLevel level, string name, string route, EndPoint? client, string message) =>
+        Write(new ClientLine(level, name, route, client, message));
 
     internal void Count(LogLevel level, string name, string key, long count) =>
         Write(new CountLine(level, name, key, count));
@@ -7380,14 +7622,16 @@ internal sealed class Rest
 
 internal static class EventLoop
 {
+    internal const string Prefix = "DOTNET_SYSTEM_NET_SOCKETS_"; // of what is set here, and is no business of a child's
+
     /// <summary>Must come before the first socket: the runtime reads these once. Inline completions make one epoll
     /// loop a processor with no hop to the thread pool; that is why nothing may block in a continuation (rule 6).</summary>
     internal static void Configure(int threads)
     {
-        Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_INLINE_COMPLETIONS", "1");
+        Environment.SetEnvironmentVariable(Prefix + "INLINE_COMPLETIONS", "1");
         if (threads > 0)
         {
-            Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_THREAD_COUNT", Text.Of(threads));
+            Environment.SetEnvironmentVariable(Prefix + "THREAD_COUNT", Text.Of(threads));
         }
     }
 
@@ -7875,6 +8119,256 @@ internal sealed class Pipe
     }
 }
 
+/// <summary>A child process whose stdin and stdout are one socket of ours, and its stderr another: the event loops serve Sockets,
+/// and a pipe is none. (So it cannot open /dev/stdout anew, which is for files.) It leads a process group, which ends with it.
+/// <para>Nobody but this waits for it: a number that may be killed is not another's yet, as it is reaped only after that. That
+/// is tried when its output has ended, which hardly ever comes before its end by more than a moment.</para></summary>
+internal sealed class Child : Watched, IDisposable
+{
+    private const int LongestPause = 100; // ms between two looks at whether it has ended
+
+    private readonly Lock _gate = new();
+    private readonly Socket _pipe; // owned; disposed by Kill
+    private readonly int _id;
+    private readonly TimeSpan _patience; // for output once its input is closed; zero = off
+    private bool _isKilled; // under the gate, as the next two
+    private bool _isClosed;
+    private bool _isReaped;
+    private bool _isHung;
+    private bool _isHeldUp;
+    private long _quietSince;
+
+    private Child(Socket pipe, Socket errors, int id, TimeSpan patience) =>
+        (_pipe, Errors, _id, _patience) = (pipe, errors, id, patience);
+
+    /// <summary>Its stderr. To be disposed of by who reads it to its end.</summary>
+    internal Socket Errors { get; }
+
+    /// <summary>It cannot write because we do not read.</summary>
+    internal bool IsHeldUp
+    {
+        set => (_isHeldUp, _quietSince) = (value, Environment.TickCount64);
+    }
+
+    /// <summary>Where the program is, as execvp(3) looks for it. Null when there is none that may be executed.</summary>
+    internal static string? Find(string name)
+    {
+        string[] folders = name.Contains('/', StringComparison.Ordinal) ? [""]
+            : (Environment.GetEnvironmentVariable("PATH") ?? "/usr/local/bin:/usr/bin:/bin").Split(':');
+        string[] paths = Array.ConvertAll(folders, folder => Path.Combine(folder, name));
+        return Array.Find(paths, path => File.Exists(path) && Libc.Access(path, Libc.Execute) == 0);
+    }
+
+    /// <summary>Once, before the first: what we were started with is not for children, and their ends are for us. All that the
+    /// runtime opens is close-on-exec; who leaves more than a thousand descriptors open has itself to blame.</summary>
+    internal static void Prepare()
+    {
+        for (int i = StandardStream.Error + 1; i < 1024; i++)
+        {
+            _ = Libc.Fcntl(i, Libc.SetDescriptorFlags, Libc.CloseOnExec);
+        }
+
+        _ = Libc.Signal(Libc.SigChild, 0); // SIG_DFL: where it was ignored, the kernel would keep no exit status
+    }
+
+    /// <summary>Blocks until the program is loaded. Both lists end with null.</summary>
+    /// <exception cref="IOException">it is not</exception>
+    internal static Child Run(string path, string?[] words, TimeSpan patience, string?[] environment)
+    {
+        Socket? pipe = null;
+        Socket? errors = null;
+        try
+        {
+            pipe = Open(out SafeFileHandle stdio);
+            using (stdio)
+            {
+                errors = Open(out SafeFileHandle stderr);
+                using (stderr)
+                {
+                    int id = Spawn(path, words, environment, (int)stdio.DangerousGetHandle(), (int)stderr.DangerousGetHandle());
+                    return new Child(pipe, errors, id, patience);
+                }
+            }
+        }
+        catch
+        {
+            pipe?.Dispose();
+            errors?.Dispose();
+            throw;
+        }
+
+        static Socket Open(out SafeFileHandle theirs)
+        {
+            Span<int> ends = stackalloc int[2];
+            int type = Libc.StreamSocket | Libc.CloseOnExecSocket;
+            if (Libc.OpenSocketPair(Libc.UnixFamily, type, 0, ref MemoryMarshal.GetReference(ends)) != 0)
+            {
+                throw new IOException("out of descriptors");
+            }
+
+            theirs = new SafeFileHandle(ends[1], ownsHandle: true);
+            return new Socket(new SafeSocketHandle(ends[0], ownsHandle: true));
+        }
+    }
+
+    private static int Spawn(string path, string?[] words, string?[] environment, int stdio, int stderr)
+    {
+        const short Flags = 2 | 4 | 8; // a process group of its own, signals at their defaults (SIGPIPE is ignored here), none blocked
+        Span<long> attributes = stackalloc long[64]; // glibc's and musl's take 336 bytes
+        Span<long> actions = stackalloc long[32]; // 80
+        Span<long> signals = stackalloc long[16];
+        signals.Fill(-1); // all of them
+        ref long attribute = ref MemoryMarshal.GetReference(attributes);
+        ref long action = ref MemoryMarshal.GetReference(actions);
+        _ = Libc.SpawnAttributes(ref attribute);
+        _ = Libc.SpawnFlags(ref attribute, Flags);
+        _ = Libc.SpawnDefaults(ref attribute, ref MemoryMarshal.GetReference(signals));
+        _ = Libc.SpawnActions(ref action);
+        int error = Libc.SpawnDuplicate(ref action, stdio, 0) | Libc.SpawnDuplicate(ref action, stdio, StandardStream.Output)
+            | Libc.SpawnDuplicate(ref action, stderr, StandardStream.Error);
+        int id = 0;
+        error = error != 0 ? error : Libc.Spawn(out id, path, ref action, ref attribute, words, environment);
+        _ = Libc.SpawnActionsEnd(ref action); // the attributes hold no memory
+        return error == 0 ? id : throw new IOException(Marshal.GetPInvokeErrorMessage(error));
+    }
+
+    /// <summary>What it does not take because it has ended, or closed its stdin, is dropped.</summary>
+    internal async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        try
+        {
+            await _pipe.SendAsync(bytes, SocketFlags.None);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // its exit status says what to think of it
+        }
+    }
+
+    /// <summary>0 at the end of its output.</summary>
+    internal ValueTask<int> ReadAsync(Memory<byte> bytes) => ReadAsync(_pipe, bytes);
+
+    internal static async ValueTask<int> ReadAsync(Socket socket, Memory<byte> bytes)
+    {
+        try
+        {
+            return await socket.ReceiveAsync(bytes, SocketFlags.None);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            return 0; // it has not read all of its input (a reset), or is killed
+        }
+    }
+
+    internal void CloseInput()
+    {
+        lock (_gate)
+        {
+            if (_isClosed || _isKilled)
+            {
+                return;
+            }
+
+            (_isClosed, _quietSince) = (true, Environment.TickCount64);
+            Sweep.Add(this);
+            ShutDown(_pipe, SocketShutdown.Send);
+        }
+    }
+
+    /// <summary>Its output has ended: how it ends itself, in words; null is well.</summary>
+    internal async Task<string?> EndAsync()
+    {
+        CloseInput();
+        Libc.ChildStatus status = default;
+        for (int pause = 1; !Volatile.Read(ref _isKilled) && !HasEnded(ref status); pause = Math.Min(2 * pause, LongestPause))
+        {
+            await Task.Delay(pause);
+        }
+
+        Dispose();
+        return status.Code switch
+        {
+            Libc.ChildExited => status.Status == 0 ? null : $"exited with status {Text.Of(status.Status)}",
+            > 0 => $"killed by signal {Text.Of(status.Status)}",
+            _ => _isHung ? "fin timeout" : "killed",
+        };
+    }
+
+    /// <summary>It stays a zombie.</summary>
+    private bool HasEnded(ref Libc.ChildStatus status) =>
+        Libc.Wait(Libc.WaitProcess, _id, ref status, Libc.WaitExited | Libc.WaitNoHang | Libc.WaitNoReap) != 0 || status.Id != 0;
+
+    /// <summary>With all of its group that is still there.</summary>
+    internal void Kill()
+    {
+        lock (_gate)
+        {
+            if (!_isKilled)
+            {
+                _isKilled = true;
+                _ = Libc.Kill(-_id, Libc.SigKill);
+                Sweep.Remove(this);
+            }
+        }
+
+        _pipe.Dispose();
+    }
+
+    public void Dispose()
+    {
+        Kill();
+        if (!Interlocked.Exchange(ref _isReaped, true))
+        {
+            _ = ReapAsync();
+        }
+    }
+
+    /// <summary>Of those that it has started, too, which are ours now if we are process 1.</summary>
+    private async Task ReapAsync()
+    {
+        Libc.ChildStatus status = default;
+        for (int pause = 1; Libc.Wait(Libc.WaitGroup, _id, ref status, Libc.WaitExited | Libc.WaitNoHang) == 0; status = default)
+        {
+            if (status.Id == 0)
+            {
+                await Task.Delay(pause);
+                pause = Math.Min(2 * pause, LongestPause);
+            }
+        }
+
+        ShutDown(Errors, SocketShutdown.Receive); // what it has said can still be read
+    }
+
+    private static void ShutDown(Socket socket, SocketShutdown how)
+    {
+        try
+        {
+            socket.Shutdown(how);
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it is already
+        }
+    }
+
+    internal override bool Check(long now)
+    {
+        if (_isHeldUp)
+        {
+            _quietSince = now;
+        }
+        else if (_patience > TimeSpan.Zero && now - _quietSince >= _patience.TotalMilliseconds)
+        {
+            _isHung = true;
+            Kill();
+        }
+
+        return false;
+    }
+
+    internal override void Stop() => Kill();
+}
+
 /// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
 /// (DirectPInvoke in TcpProxy.csproj).</summary>
 internal static partial class Libc
@@ -7883,12 +8377,22 @@ internal static partial class Libc
     internal const int Eintr = 4;
     internal const int Eagain = 11;
     internal const int GetDescriptorFlags = 1;
+    internal const int SetDescriptorFlags = 2;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
     internal const int UnixFamily = 1;
     internal const int StreamSocket = 1;
     internal const int CloseOnExecSocket = 0x80000;
+    internal const int Execute = 1; // X_OK
+    internal const int SigKill = 9;
+    internal const int SigChild = 17;
+    internal const int WaitProcess = 1; // P_PID
+    internal const int WaitGroup = 2; // P_PGID
+    internal const int WaitNoHang = 1;
+    internal const int WaitExited = 4;
+    internal const int WaitNoReap = 0x1000000; // WNOWAIT
+    internal const int ChildExited = 1; // CLD_EXITED; the others are CLD_KILLED and CLD_DUMPED
 
     /// <summary>The numbers above and below are Linux's, on x64 and arm64. TCPPROXY_PORTABLE=1 is for the tests.</summary>
     internal static bool IsThere { get; } =
@@ -7910,6 +8414,20 @@ internal static partial class Libc
     {
         internal ulong Soft;
         internal ulong Hard;
+    }
+
+    /// <summary>siginfo_t of a child.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 128)]
+    internal struct ChildStatus
+    {
+        [FieldOffset(8)]
+        internal int Code;
+
+        [FieldOffset(16)]
+        internal int Id; // 0 = none
+
+        [FieldOffset(24)]
+        internal int Status; // or signal
     }
 
     [LibraryImport("libc", EntryPoint = "getrlimit")]
@@ -7956,6 +8474,51 @@ internal static partial class Libc
     [LibraryImport("libc", EntryPoint = "ioctl")]
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Ioctl(int descriptor, nuint request, ref int value);
+
+    [LibraryImport("libc", EntryPoint = "access", StringMarshalling = StringMarshalling.Utf8)]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Access(string path, int mode);
+
+    [LibraryImport("libc", EntryPoint = "kill")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Kill(int id, int signal);
+
+    [LibraryImport("libc", EntryPoint = "signal")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial nint Signal(int signal, nint handler);
+
+    [LibraryImport("libc", EntryPoint = "waitid")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Wait(int kind, int id, ref ChildStatus status, int options);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawnattr_init")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnAttributes(ref long attributes);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawnattr_setflags")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnFlags(ref long attributes, short flags);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawnattr_setsigdefault")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnDefaults(ref long attributes, ref long signals);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_init")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnActions(ref long actions);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_adddup2")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnDuplicate(ref long actions, int descriptor, int copy);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_destroy")]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int SpawnActionsEnd(ref long actions);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn", StringMarshalling = StringMarshalling.Utf8)]
+    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+    internal static partial int Spawn(
+        out int id, string path, ref long actions, ref long attributes, string?[] words, string?[] environment);
 }
 
 internal enum AddressKind
@@ -8491,6 +9054,41 @@ internal static class Text
         }
 
         return [.. bytes];
+    }
+
+    /// <summary>Words as a shell would split them: at blanks, but not in quotes, and not after a backslash. In single quotes a
+    /// backslash is one.</summary>
+    /// <exception cref="FormatException">something is not closed</exception>
+    internal static string[] Words(string text)
+    {
+        List<string> words = [];
+        StringBuilder? word = null; // null between words
+        char quote = '\0';
+        for (int i = 0; i < text.Length; i++)
+        {
+            char c = text[i];
+            if (quote == '\0' && char.IsWhiteSpace(c))
+            {
+                words.AddRange(word is null ? [] : [word.ToString()]);
+                word = null;
+                continue;
+            }
+
+            word ??= new StringBuilder();
+            if (c == quote || (quote == '\0' && c is '"' or '\''))
+            {
+                quote = quote == '\0' ? c : '\0';
+            }
+            else
+            {
+                bool isEscape = c == '\\' && quote != '\'';
+                i += isEscape ? 1 : 0;
+                word.Append(i < text.Length ? text[i] : throw new FormatException("nothing follows the last backslash"));
+            }
+        }
+
+        words.AddRange(word is null ? [] : [word.ToString()]);
+        return quote == '\0' ? [.. words] : throw new FormatException($"a quote ({quote}) is not closed");
     }
 
     /// <summary>What came from outside, without anything that a terminal or a parser could take for more: JSON's
