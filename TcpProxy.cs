@@ -5386,7 +5386,7 @@ internal sealed class CaptureTap : Tap
     {
         (Peer, server.Peer) = (server, this);
         IsV4 = server.IsV4 &= IsV4;
-        (Address, server.Address) = IsV4 ? (Address[12..], server.Address[12..]) : (Address, server.Address);
+        (Address, server.Address) = IsV4 ? ([.. Address.AsSpan(12)], [.. server.Address.AsSpan(12)]) : (Address, server.Address);
         _ = _capture.TryAdd(this, Packet.Syn, mustFit: true) && _capture.TryAdd(server, Packet.Syn | Packet.Ack, mustFit: true)
             && _capture.TryAdd(this, Packet.Ack, mustFit: true);
     }

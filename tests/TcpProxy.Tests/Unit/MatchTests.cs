@@ -259,7 +259,8 @@ public sealed class MatchTests
 
     private static MatchTap New(MatchRule[] rules, Tap next, int patience = Never, Action<Exception>? failed = null)
     {
-        TapLine line = new() { Failed = failed ?? (_ => { }) };
+        TapLine line = new();
+        line.Start(failed ?? (_ => { }), () => { });
         return new MatchTap(new Matcher([.. rules.Select(rule => rule.Pattern)]), rules, patience) { Next = next, Line = line };
     }
 
