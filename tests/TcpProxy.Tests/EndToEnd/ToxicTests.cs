@@ -79,7 +79,7 @@ public sealed class ToxicTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task What_latency_holds_is_bounded_then_the_sender_waits()
     {
-        Line line = await Toxic("latency latency=1h", "downstream");
+        Line line = await Toxic("latency latency=1h", "downstream", "--drain-timeout", "1s");
         await line.From.Send(new byte[1]);
         long before = line.Proxy.Resident;
         long sent = 0;
@@ -101,7 +101,7 @@ public sealed class ToxicTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task Small_pieces_are_bounded_as_well()
     {
-        Line line = await Toxic("latency latency=1h stream=upstream", "upstream");
+        Line line = await Toxic("latency latency=1h stream=upstream", "upstream", "--drain-timeout", "1s");
         await line.From.Send(new byte[1]);
         long before = line.Proxy.Resident;
         for (int i = 0; i < 100_000; i++)
@@ -110,6 +110,21 @@ public sealed class ToxicTests : EndToEndTest
         }
 
         Assert.InRange(line.Proxy.Resident - before, long.MinValue, 16 * Mega);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Many_small_pieces_that_are_due_at_once_pass_in_order()
+    {
+        Pattern pattern = new(6);
+        Line line = await Toxic("latency latency=1s", "downstream");
+        for (int i = 0; i < 10_000; i++)
+        {
+            await line.From.Send(pattern, 1, i);
+        }
+
+        line.From.Finish();
+        await line.To.Receive(pattern, 10_000);
+        await line.To.ExpectEnd();
     }
 
     [Theory(Timeout = Quick)]

@@ -28,7 +28,7 @@ public sealed class ToxicUnitTests
     [Theory]
     [InlineData("", "unknown toxic ''; it is one of latency, bandwidth, slow_close, timeout, reset_peer, slicer, limit_data")]
     [InlineData("slowclose", "unknown toxic 'slowclose'; did you mean 'slow_close'?")]
-    [InlineData("slicer size=3", "unknown setting of slicer 'size'; "
+    [InlineData("slicer count=3", "unknown setting of slicer 'count'; "
         + "it is one of average_size, size_variation, delay, stream, toxicity")]
     [InlineData("latency 100", "unknown setting of latency '100'; it is one of latency, jitter, stream, toxicity")]
     [InlineData("latency latency", "latency: needs a value, as in latency=1")]
