@@ -342,9 +342,9 @@ internal sealed class Option(
         new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
             "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
             + "bandwidth rate=KB/s, slow_close delay=MS, timeout timeout=MS, reset_peer timeout=MS, slicer average_size=BYTES "
-            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, which "
-            + "are toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s, 10k are understood as well. stream=upstream is "
-            + "for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
+            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, "
+            + "toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s and 10k are understood as well. stream=upstream "
+            + "is for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
             + "works on the result of the one before.",
             (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v))),
         new("seed", '\0', "N", "faults", Scope.Process, "",
@@ -4338,7 +4338,7 @@ internal sealed class TapLine
     /// <summary>What a tap did in its own time has failed.</summary>
     internal void Fail(Exception error) => _main._failed(error);
 
-    /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, and 1 to 5 ms more, as the runtime's timers are.</summary>
+    /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, up to 5 ms more as timers are.</summary>
     internal async ValueTask UntilAsync(long time)
     {
         const int Day = 86_400_000; // ms: more than the timers can count may be asked for
