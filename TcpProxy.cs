@@ -411,9 +411,9 @@ internal sealed class Option(
         new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
             "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
             + "bandwidth rate=KB/s, slow_close delay=MS, timeout timeout=MS, reset_peer timeout=MS, slicer average_size=BYTES "
-            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, which "
-            + "are toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s, 10k are understood as well. stream=upstream is "
-            + "for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
+            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, "
+            + "toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s and 10k are understood as well. stream=upstream "
+            + "is for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
             + "works on the result of the one before.",
             (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v))),
         new("seed", '\0', "N", "faults", Scope.Process, "",
@@ -4616,7 +4616,7 @@ internal sealed class TapLine
     /// <summary>What a tap did in its own time has failed.</summary>
     internal void Fail(Exception error) => _main._failed(error);
 
-    /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, and 1 to 5 ms more, as the runtime's timers are.</summary>
+    /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, up to 5 ms more as timers are.</summary>
     internal async ValueTask UntilAsync(long time)
     {
         const int Day = 86_400_000; // ms: more than the timers can count may be asked for
@@ -5885,13 +5885,10 @@ internal sealed class ToxicSettings : TapSettings
 {
     private const int Certain = 1_000_000; // a toxicity of 1
 
-    private static readonly string[] Types =
-        ["latency", "bandwidth", "slow_close", "timeout", "reset_peer", "slicer", "limit_data"];
-
-    private static readonly string[][] Keys =
+    private static readonly string[][] Keys = // of each type
     [
-        ["latency", "jitter"], ["rate"], ["delay"], ["timeout"], ["timeout"],
-        ["average_size", "size_variation", "delay"], ["bytes"],
+        ["latency", "latency", "jitter"], ["bandwidth", "rate"], ["slow_close", "delay"], ["timeout", "timeout"],
+        ["reset_peer", "timeout"], ["slicer", "average_size", "size_variation", "delay"], ["limit_data", "bytes"],
     ];
 
     private readonly string _type;
@@ -5905,7 +5902,8 @@ internal sealed class ToxicSettings : TapSettings
     {
         string[] words = text.Replace('\t', ' ').Split(' ', StringSplitOptions.RemoveEmptyEntries);
         string type = words.Length > 0 ? words[0] : "";
-        string[] keys = [.. Keys[Text.ParseWord(type, "toxic", Types)], "stream", "toxicity"];
+        int number = Text.ParseWord(type, "toxic", Array.ConvertAll(Keys, words => words[0]));
+        string[] keys = [.. Keys[number].AsSpan(1), "stream", "toxicity"];
         long[] values = new long[keys.Length];
         values[^1] = Certain;
         foreach (string word in words.AsSpan(1))
@@ -5997,111 +5995,60 @@ internal sealed class Chance(long seed, long number, int place)
 /// waits. Times are in ticks of <see cref="Stopwatch"/>, here and below.</summary>
 internal sealed class Latency(long latency, long jitter, TapLine line, Chance chance) : Tap
 {
-    private const int Room = 4 << 20; // bytes: at 100 ms, 40 MB a second pass
-    private const int Overhead = 128; // bytes of memory for a piece besides its own
+    private const int Room = 4 << 20; // bytes: at 100 ms, 20 to 40 MB a second pass
+    private const int Overhead = 256; // bytes of memory for a piece besides its own
 
-    private readonly Queue<Piece> _held = new(); // under itself, as all below it
-    private int _size;
-    private bool _isDelivering;
-    private TaskCompletionSource? _waiting; // the source, until no more than
-    private int _most; // bytes are held
+    private Task _last = Task.CompletedTask; // of the deliveries, each of which waits for the one before
+    private Task _middle = Task.CompletedTask; // the last of the first half of what is held
+    private int _size; // of the second half
+    private volatile bool _hasFailed;
 
-    internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
         if (bytes.IsEmpty)
         {
-            return default;
+            return;
         }
 
-        Piece piece = new(bytes, Stopwatch.GetTimestamp() + latency + chance.Around(jitter));
-        bool isFirst;
-        lock (_held)
+        byte[] copy = ArrayPool<byte>.Shared.Rent(bytes.Length); // rule 2
+        bytes.CopyTo(copy);
+        long due = Stopwatch.GetTimestamp() + latency + chance.Around(jitter);
+        _last = DeliverAsync(_last, copy, bytes.Length, due);
+        _size += copy.Length + Overhead;
+        if (_size >= Room / 2)
         {
-            _held.Enqueue(piece);
-            _size += piece.Size;
-            (isFirst, _isDelivering) = (!_isDelivering, true);
+            Task half = _middle;
+            (_middle, _size) = (_last, 0);
+            await half;
         }
-
-        if (isFirst)
-        {
-            _ = DeliverAsync(piece);
-        }
-
-        return WaitAsync(Room);
     }
 
     internal override async ValueTask FinishAsync()
     {
-        await WaitAsync(0);
-        await Next.FinishAsync();
+        await _last;
+        await (_hasFailed ? line.ForEverAsync() : Next.FinishAsync());
     }
 
-    private ValueTask WaitAsync(int most)
+    private async Task DeliverAsync(Task before, byte[] copy, int length, long due)
     {
-        lock (_held)
-        {
-            if (_size <= most)
-            {
-                return default;
-            }
-
-            (_most, _waiting) = (most, new(TaskCreationOptions.RunContinuationsAsynchronously));
-            return new ValueTask(_waiting.Task.WaitAsync(line.Ending));
-        }
-    }
-
-    /// <summary>Runs only while something is held.</summary>
-    private async Task DeliverAsync(Piece? piece)
-    {
+        await before;
         try
         {
-            for (; piece is not null; piece = Passed(piece))
+            if (!_hasFailed)
             {
-                await line.UntilAsync(piece.Due);
-                await Next.WriteAsync(piece.Bytes);
+                await line.UntilAsync(due);
+                await Next.WriteAsync(copy.AsMemory(0, length));
             }
         }
 #pragma warning disable CA1031 // the connection ends by it, or has ended
         catch (Exception e)
 #pragma warning restore CA1031
         {
-            _waiting?.TrySetException(e);
+            _hasFailed = true;
             line.Fail(e);
         }
-    }
 
-    /// <summary>The next one.</summary>
-    private Piece? Passed(Piece piece)
-    {
-        ArrayPool<byte>.Shared.Return(piece.Array); // rule 2; when the connection ends, what is held is left to the collector
-        lock (_held)
-        {
-            _held.Dequeue();
-            _size -= piece.Size;
-            if (_size <= _most)
-            {
-                _waiting?.TrySetResult();
-            }
-
-            _isDelivering = _held.TryPeek(out Piece? next);
-            return next;
-        }
-    }
-
-    private sealed class Piece
-    {
-        private readonly int _length;
-
-        internal Piece(ReadOnlyMemory<byte> bytes, long due)
-        {
-            (_length, Due, Array) = (bytes.Length, due, ArrayPool<byte>.Shared.Rent(bytes.Length));
-            bytes.CopyTo(Array);
-        }
-
-        internal byte[] Array { get; }
-        internal long Due { get; }
-        internal int Size => Array.Length + Overhead;
-        internal ReadOnlyMemory<byte> Bytes => Array.AsMemory(0, _length);
+        ArrayPool<byte>.Shared.Return(copy);
     }
 }
 
@@ -6157,46 +6104,24 @@ internal sealed class SlowClose(long delay, TapLine line) : Tap
 /// (zero: never), and at the source's FIN; a reset_peer resets it that long after the first bytes or the FIN.</summary>
 internal sealed class DeadEnd(long wait, bool isReset, TapLine line) : Tap
 {
-    private bool _isEnding;
+    private Task? _end;
 
-    internal override void Start()
-    {
-        if (!isReset && wait > 0)
-        {
-            End();
-        }
-    }
+    internal override void Start() => EndIf(!isReset && wait > 0);
 
     internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        if (isReset && !bytes.IsEmpty)
-        {
-            End();
-        }
-
+        EndIf(isReset && !bytes.IsEmpty);
         return default;
     }
 
     internal override ValueTask FinishAsync()
     {
-        if (!isReset)
-        {
-            return Next.FinishAsync();
-        }
-
-        End();
-        return line.ForEverAsync();
+        EndIf(isReset);
+        return isReset ? line.ForEverAsync() : Next.FinishAsync();
     }
 
-    private void End()
-    {
-        if (!_isEnding)
-        {
-            _isEnding = true;
-            _ = line.EndAtAsync(Stopwatch.GetTimestamp() + wait,
-                new TapException("PD", isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
-        }
-    }
+    private void EndIf(bool isTime) => _end ??= !isTime ? null : line.EndAtAsync(Stopwatch.GetTimestamp() + wait,
+        new TapException("PD", isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
 }
 
 /// <summary>Cuts in half, more or less by <paramref name="variation"/>, until a slice is no longer than average and
