@@ -4533,7 +4533,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
         recording.IsOver = true;
         if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
-            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Route);
+            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Conversation.Route);
         }
     }
 
@@ -4598,7 +4598,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
 /// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
 internal sealed class Recording(Conversation conversation)
 {
-    internal string Route { get; } = conversation.Route;
+    internal Conversation Conversation { get; } = conversation;
 
     /// <summary>In a file's name: no path of a unix socket, which anybody may choose, and no zone.</summary>
     internal string Client { get; } = conversation.Client is not IPEndPoint { Address: var address } ? "unix"
