@@ -4409,12 +4409,7 @@ internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string
         bool isEnd = most >= 0 && most < bytes.Length;
         if (length > 0 || isEnd)
         {
-            byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the block's, if there is room for it
-            bytes.Span[..length].CopyTo(copy);
-            if (!log.Write(new DumpBlock(copy, length, _offset, isHex, mark, isEnd ? end : "")))
-            {
-                ArrayPool<byte>.Shared.Return(copy);
-            }
+            log.Write(new DumpBlock(bytes[..length].ToArray(), _offset, isHex, mark, isEnd ? end : ""));
         }
 
         _offset += bytes.Length;
@@ -4422,20 +4417,19 @@ internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string
     }
 }
 
-internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHex, string mark, string end)
-    : LogLine(LogLevel.Error, "")
+internal sealed class DumpBlock(byte[] bytes, long offset, bool isHex, string mark, string end) : LogLine(LogLevel.Error, "")
 {
-    internal override int Shown => Math.Max(length, 1);
+    internal override int Shown => Math.Max(bytes.Length, 1);
 
     internal override void Format(LogText text)
     {
         string time = Text.Of(Time)[..19].Replace('-', '/').Replace('T', ' ');
         string micros = (Time.Ticks / TimeSpan.TicksPerMicrosecond % 1_000_000).ToString("d6", CultureInfo.InvariantCulture);
-        text.Append(length == 0 ? ""
-            : $"{mark} {time}.{micros}  length={Text.Of(length)} from={Text.Of(offset)} to={Text.Of(offset + length - 1)}\n");
-        Span<byte> room = text.Room((3 * length) + 1);
+        text.Append(bytes.Length == 0 ? "" : $"{mark} {time}.{micros}  length={Text.Of(bytes.Length)} from={Text.Of(offset)} "
+            + $"to={Text.Of(offset + bytes.Length - 1)}\n");
+        Span<byte> room = text.Room((3 * bytes.Length) + 1);
         int at = 0;
-        foreach (byte b in bytes.AsSpan(0, length))
+        foreach (byte b in bytes)
         {
             int escape = "\a\b\v\f\r\\"u8.IndexOf(b);
             ReadOnlySpan<byte> shown = isHex ? [(byte)' ', "0123456789abcdef"u8[b >> 4], "0123456789abcdef"u8[b & 15]]
@@ -4445,10 +4439,11 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
         }
 
         text.Grow(at);
-        text.Append(length == 0 || room[at - 1] == '\n' ? "" : "\n");
-        text.Append(mark.Length > 1 ? $"\e[m{end}" : end);
-        ArrayPool<byte>.Shared.Return(bytes);
+        text.Append(at == 0 || room[at - 1] == '\n' ? "" : "\n");
+        text.Append(mark.Length > 1 && at > 0 ? $"\e[m{end}" : end);
     }
+
+    protected override void AddKeys(LogText text) => throw new UnreachableException();
 }
 
 // ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03). The option's
@@ -4469,7 +4464,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
     private Thread? _writer;
     private volatile int _written; // chunks
     private int _isFailing; // 1: which has been said, until a chunk is written
-    private string _second = ""; // in which the last recording began
+    private string _second = "none"; // in which the last recording began
     private int _inSecond; // recordings
 
     internal override void Open(Log log)
@@ -4533,7 +4528,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
         recording.IsOver = true;
         if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
-            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Conversation.Route);
+            (string client, string route) = (Text.Of(recording.Conversation.Client), recording.Conversation.Route);
+            _log!.Event(LogLevel.Warn, "record", $"{client} is not recorded any more: {reason}", route);
         }
     }
 
@@ -4576,12 +4572,12 @@ internal sealed class RecordSettings(string folder) : TapSettings
     /// <summary>Never over a file that is there. Who begins within one second does not search the names of all before.</summary>
     private void Create(Recording recording)
     {
-        _inSecond = recording.Time == _second ? _inSecond + 1 : 1;
-        _second = recording.Time;
-        string name = $"{recording.Client}_{recording.Time}";
+        string name = recording.Name;
+        _inSecond = name.EndsWith(_second, StringComparison.Ordinal) ? _inSecond + 1 : 1;
+        _second = name[^14..];
         for (int number = Math.Max(2, _inSecond); File.Exists(Path.Combine(folder, $"ds_{name}.log")); number++)
         {
-            name = $"{recording.Client}_{recording.Time}_{Text.Of(number)}";
+            name = $"{recording.Name}_{Text.Of(number)}";
         }
 
         FileStreamOptions options = new() { Mode = FileMode.CreateNew, Access = FileAccess.Write, BufferSize = 0 };
@@ -4600,10 +4596,10 @@ internal sealed class Recording(Conversation conversation)
 {
     internal Conversation Conversation { get; } = conversation;
 
-    /// <summary>In a file's name: no path of a unix socket, which anybody may choose, and no zone.</summary>
-    internal string Client { get; } = conversation.Client is not IPEndPoint { Address: var address } ? "unix"
-        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-');
-    internal string Time { get; } = string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'));
+    /// <summary>IP_TIME: no path of a unix socket, which anybody may choose, and no zone.</summary>
+    internal string Name { get; } = (conversation.Client is not IPEndPoint { Address: var address } ? "unix"
+        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-'))
+        + $"_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
     internal CancellationToken Ending { get; } = conversation.LineOf(isUp: true).Ending;
     internal FileStream[] Files { get; set; } = []; // owned; disposed by Close; the writer's
     internal bool IsOver { get; set; } // nothing more is added
@@ -4623,13 +4619,7 @@ internal sealed class RecordTap(RecordSettings recorder, Recording recording, in
         await Next.WriteAsync(bytes);
     }
 
-    internal override void End(bool isOrderly)
-    {
-        if (side == 0) // which there always is: no taps stand in what the discard server sends
-        {
-            recorder.End(recording);
-        }
-    }
+    internal override void End(bool isOrderly) => recorder.End(recording); // twice, or once: discard sends nothing
 }
 
 // == 11  PREREAD ====================================================================================================
@@ -5236,9 +5226,7 @@ internal abstract class LogLine(LogLevel level, string name)
         text.End();
     }
 
-    protected virtual void AddKeys(LogText text)
-    {
-    }
+    protected abstract void AddKeys(LogText text);
 }
 
 internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
