@@ -349,7 +349,7 @@ internal sealed class Option(
             (_, r, v) => r.Dump.Limit = Units.ParseSize(v)),
         new("record", '\0', "DIR", "inspect", Scope.Route, "",
             "Write what the client of each connection sends to DIR/ds_IP_TIME.log, and what its server sends to us_IP_TIME.log. "
-            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2 and so on where the name is taken. DIR must exist.",
+            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2, _3 and so on where the name is taken. DIR must exist.",
             (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
@@ -4409,7 +4409,12 @@ internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string
         bool isEnd = most >= 0 && most < bytes.Length;
         if (length > 0 || isEnd)
         {
-            log.Write(new DumpBlock(bytes[..length].ToArray(), _offset, isHex, mark, isEnd ? end : ""));
+            byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the block's, if there is room for it
+            bytes.Span[..length].CopyTo(copy);
+            if (!log.Write(new DumpBlock(copy, length, _offset, isHex, mark, isEnd ? end : "")))
+            {
+                ArrayPool<byte>.Shared.Return(copy);
+            }
         }
 
         _offset += bytes.Length;
@@ -4417,19 +4422,20 @@ internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string
     }
 }
 
-internal sealed class DumpBlock(byte[] bytes, long offset, bool isHex, string mark, string end) : LogLine(LogLevel.Error, "")
+internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHex, string mark, string end)
+    : LogLine(LogLevel.Error, "")
 {
-    internal override int Shown => Math.Max(bytes.Length, 1);
+    internal override int Shown => Math.Max(length, 1);
 
     internal override void Format(LogText text)
     {
         string time = Text.Of(Time)[..19].Replace('-', '/').Replace('T', ' ');
         string micros = (Time.Ticks / TimeSpan.TicksPerMicrosecond % 1_000_000).ToString("d6", CultureInfo.InvariantCulture);
-        text.Append(bytes.Length == 0 ? "" : $"{mark} {time}.{micros}  length={Text.Of(bytes.Length)} from={Text.Of(offset)} "
-            + $"to={Text.Of(offset + bytes.Length - 1)}\n");
-        Span<byte> room = text.Room((3 * bytes.Length) + 1);
+        text.Append(length == 0 ? ""
+            : $"{mark} {time}.{micros}  length={Text.Of(length)} from={Text.Of(offset)} to={Text.Of(offset + length - 1)}\n");
+        Span<byte> room = text.Room((3 * length) + 1);
         int at = 0;
-        foreach (byte b in bytes)
+        foreach (byte b in bytes.AsSpan(0, length))
         {
             int escape = "\a\b\v\f\r\\"u8.IndexOf(b);
             ReadOnlySpan<byte> shown = isHex ? [(byte)' ', "0123456789abcdef"u8[b >> 4], "0123456789abcdef"u8[b & 15]]
@@ -4441,6 +4447,7 @@ internal sealed class DumpBlock(byte[] bytes, long offset, bool isHex, string ma
         text.Grow(at);
         text.Append(at == 0 || room[at - 1] == '\n' ? "" : "\n");
         text.Append(mark.Length > 1 && at > 0 ? $"\e[m{end}" : end);
+        ArrayPool<byte>.Shared.Return(bytes);
     }
 
     protected override void AddKeys(LogText text) => throw new UnreachableException();
@@ -4463,9 +4470,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
     private Log? _log;
     private Thread? _writer;
     private volatile int _written; // chunks
-    private int _isFailing; // 1: which has been said, until a chunk is written
-    private string _second = "none"; // in which the last recording began
-    private int _inSecond; // recordings
+    private volatile int _isFailing; // 1: which has been said, until a chunk is written
+    private int _number = 1; // of the last file whose name was taken
 
     internal override void Open(Log log)
     {
@@ -4528,12 +4534,10 @@ internal sealed class RecordSettings(string folder) : TapSettings
         recording.IsOver = true;
         if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
-            (string client, string route) = (Text.Of(recording.Conversation.Client), recording.Conversation.Route);
-            _log!.Event(LogLevel.Warn, "record", $"{client} is not recorded any more: {reason}", route);
+            string what = $"{Text.Of(recording.Conversation.Client)} is not recorded any more: {reason}";
+            _log!.Event(LogLevel.Warn, "record", what, recording.Conversation.Route);
         }
     }
-
-    // ---- the writer
 
     private void Run()
     {
@@ -4569,15 +4573,13 @@ internal sealed class RecordSettings(string folder) : TapSettings
         _room.Release();
     }
 
-    /// <summary>Never over a file that is there. Who begins within one second does not search the names of all before.</summary>
+    /// <summary>Never over a file that is there. Numbers only grow: of many in one second, none searches long for its own.</summary>
     private void Create(Recording recording)
     {
         string name = recording.Name;
-        _inSecond = name.EndsWith(_second, StringComparison.Ordinal) ? _inSecond + 1 : 1;
-        _second = name[^14..];
-        for (int number = Math.Max(2, _inSecond); File.Exists(Path.Combine(folder, $"ds_{name}.log")); number++)
+        while (File.Exists(Path.Combine(folder, $"ds_{name}.log")))
         {
-            name = $"{recording.Name}_{Text.Of(number)}";
+            name = $"{recording.Name}_{Text.Of(++_number)}";
         }
 
         FileStreamOptions options = new() { Mode = FileMode.CreateNew, Access = FileAccess.Write, BufferSize = 0 };

@@ -1,4 +1,5 @@
 using System;
+using System.Buffers;
 using System.Linq;
 using System.Text;
 using System.Text.RegularExpressions;
@@ -110,7 +111,9 @@ public sealed class DumpTests
 
     private static string Raw(ReadOnlySpan<byte> bytes, long offset = 0, bool isHex = false, string mark = ">", string end = "")
     {
-        DumpBlock block = new(bytes.ToArray(), offset, isHex, mark, end);
+        byte[] copy = ArrayPool<byte>.Shared.Rent(bytes.Length);
+        bytes.CopyTo(copy);
+        DumpBlock block = new(copy, bytes.Length, offset, isHex, mark, end);
         block.Stamp();
         LogText text = new(isJson: false);
         block.Format(text);
