@@ -366,7 +366,7 @@ internal sealed class Option(
             (_, r, v) => r.Dump.Limit = Units.ParseSize(v)),
         new("record", '\0', "DIR", "inspect", Scope.Route, "",
             "Write what the client of each connection sends to DIR/ds_IP_TIME.log, and what its server sends to us_IP_TIME.log. "
-            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2 and so on where the name is taken. DIR must exist.",
+            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2, _3 and so on where the name is taken. DIR must exist.",
             (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true)),
 
         new("pcap", '\0', "FILE|-", "inspect", Scope.Route, "",
@@ -4793,10 +4793,12 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
         }
 
         text.Grow(at);
-        text.Append(length == 0 || room[at - 1] == '\n' ? "" : "\n");
-        text.Append(mark.Length > 1 ? $"\e[m{end}" : end);
+        text.Append(at == 0 || room[at - 1] == '\n' ? "" : "\n");
+        text.Append(mark.Length > 1 && at > 0 ? $"\e[m{end}" : end);
         ArrayPool<byte>.Shared.Return(bytes);
     }
+
+    protected override void AddKeys(LogText text) => throw new UnreachableException();
 }
 
 // ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03). The option's
@@ -4816,9 +4818,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
     private Log? _log;
     private Thread? _writer;
     private volatile int _written; // chunks
-    private int _isFailing; // 1: which has been said, until a chunk is written
-    private string _second = ""; // in which the last recording began
-    private int _inSecond; // recordings
+    private volatile int _isFailing; // 1: which has been said, until a chunk is written
+    private int _number = 1; // of the last file whose name was taken
 
     internal override void Open(Log log)
     {
@@ -4881,11 +4882,10 @@ internal sealed class RecordSettings(string folder) : TapSettings
         recording.IsOver = true;
         if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
-            _log!.Event(LogLevel.Warn, "record", $"{recording.Client} is not recorded any more: {reason}", recording.Route);
+            string what = $"{Text.Of(recording.Conversation.Client)} is not recorded any more: {reason}";
+            _log!.Event(LogLevel.Warn, "record", what, recording.Conversation.Route);
         }
     }
-
-    // ---- the writer
 
     private void Run()
     {
@@ -4921,15 +4921,13 @@ internal sealed class RecordSettings(string folder) : TapSettings
         _room.Release();
     }
 
-    /// <summary>Never over a file that is there. Who begins within one second does not search the names of all before.</summary>
+    /// <summary>Never over a file that is there. Numbers only grow: of many in one second, none searches long for its own.</summary>
     private void Create(Recording recording)
     {
-        _inSecond = recording.Time == _second ? _inSecond + 1 : 1;
-        _second = recording.Time;
-        string name = $"{recording.Client}_{recording.Time}";
-        for (int number = Math.Max(2, _inSecond); File.Exists(Path.Combine(folder, $"ds_{name}.log")); number++)
+        string name = recording.Name;
+        while (File.Exists(Path.Combine(folder, $"ds_{name}.log")))
         {
-            name = $"{recording.Client}_{recording.Time}_{Text.Of(number)}";
+            name = $"{recording.Name}_{Text.Of(++_number)}";
         }
 
         FileStreamOptions options = new() { Mode = FileMode.CreateNew, Access = FileAccess.Write, BufferSize = 0 };
@@ -4946,12 +4944,12 @@ internal sealed class RecordSettings(string folder) : TapSettings
 /// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
 internal sealed class Recording(Conversation conversation)
 {
-    internal string Route { get; } = conversation.Route;
+    internal Conversation Conversation { get; } = conversation;
 
-    /// <summary>In a file's name: no path of a unix socket, which anybody may choose, and no zone.</summary>
-    internal string Client { get; } = conversation.Client is not IPEndPoint { Address: var address } ? "unix"
-        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-');
-    internal string Time { get; } = string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'));
+    /// <summary>IP_TIME: no path of a unix socket, which anybody may choose, and no zone.</summary>
+    internal string Name { get; } = (conversation.Client is not IPEndPoint { Address: var address } ? "unix"
+        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-'))
+        + $"_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
     internal CancellationToken Ending { get; } = conversation.LineOf(isUp: true).Ending;
     internal FileStream[] Files { get; set; } = []; // owned; disposed by Close; the writer's
     internal bool IsOver { get; set; } // nothing more is added
@@ -4971,13 +4969,7 @@ internal sealed class RecordTap(RecordSettings recorder, Recording recording, in
         await Next.WriteAsync(bytes);
     }
 
-    internal override void End(bool isOrderly)
-    {
-        if (side == 0) // which there always is: no taps stand in what the discard server sends
-        {
-            recorder.End(recording);
-        }
-    }
+    internal override void End(bool isOrderly) => recorder.End(recording); // twice, or once: discard sends nothing
 }
 
 // ---- pcap
@@ -7033,9 +7025,7 @@ internal abstract class LogLine(LogLevel level, string name)
         text.End();
     }
 
-    protected virtual void AddKeys(LogText text)
-    {
-    }
+    protected abstract void AddKeys(LogText text);
 }
 
 internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)

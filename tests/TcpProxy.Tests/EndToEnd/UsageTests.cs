@@ -87,6 +87,9 @@ public sealed class UsageTests : EndToEndTest
         { "-l 127.0.0.1:0 -u echo stray", ["stray"] },
         { "-l", ["value"] },
         { "-c /nonexistent/tcpproxy.conf", ["/nonexistent/tcpproxy.conf"] },
+        { "127.0.0.1:0 echo --dump hexx", ["--dump: ", "'hexx'", "did you mean 'hex'?"] },
+        { "127.0.0.1:0 echo --dump-limit much", ["--dump-limit: ", "'much'"] },
+        { "127.0.0.1:0 echo --record=", ["--record: ", "empty"] },
         { "--wait-for", ["--wait-for: ", "value"] },
         { "--wait-for 127.0.0.1", ["--wait-for: ", "127.0.0.1", "port"] },
         { "127.0.0.1:0 echo --drain-timeout soon", ["--drain-timeout: ", "soon"] },
@@ -160,7 +163,7 @@ public sealed class UsageTests : EndToEndTest
             "log", "log-file",
             "log-level", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
-            "help", "version", "wait-for", "timeout",
+            "help", "version", "wait-for", "timeout", "dump", "dump-limit", "record",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));
         IEnumerable<string> known = Regex.Matches(help, @"(?<![\w-])--([a-z][a-z0-9-]*)").Select(
