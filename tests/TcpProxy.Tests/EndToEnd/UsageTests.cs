@@ -136,7 +136,7 @@ public sealed class UsageTests : EndToEndTest
             "queue", "queue-timeout", "max-connections", "max-bytes-up", "max-bytes-down", "max-lifetime", "idle-timeout",
             "max-connections-per-ip", "ip6-prefix", "connect-rate", "connect-rate-per-ip",
             "refuse", "rate-up", "rate-down", "rate-total-up", "rate-total-down",
-            "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout", "log", "log-file",
+            "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout", "filter-up", "filter-down", "log", "log-file",
             "log-level", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
