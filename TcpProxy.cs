@@ -102,6 +102,8 @@ using System.Threading.Tasks;
 using System.Threading.Tasks.Sources;
 using Microsoft.Win32.SafeHandles;
 
+[assembly: DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
+
 namespace TcpProxy;
 
 // == 1  PROGRAM =====================================================================================================
@@ -397,12 +399,11 @@ internal sealed class Option(
             "The same before they pass from a server.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
         new("filter-up", '\0', "COMMAND", "modify", Scope.Route, "",
-            "Send what clients say through COMMAND: a process for each connection, with the client at its stdin and the server at "
-            + "its stdout (both sockets). Its words are split at blanks outside of quotes, and a backslash takes the next character as it "
-            + "is; there is no shell, unless it is written sh:COMMAND. TCPPROXY_CLIENT, TCPPROXY_UPSTREAM and TCPPROXY_ROUTE are in "
-            + "its environment, its stderr goes to the log. When it ends with status 0, the server gets a FIN and what the client still "
-            + "says is dropped; any other end resets the connection. After the client's FIN it is killed when it writes nothing for "
-            + "--fin-timeout, and always at the end of the connection.",
+            "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server (both are "
+            + "sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its environment has "
+            + "TCPPROXY_CLIENT, TCPPROXY_UPSTREAM, TCPPROXY_ROUTE; its stderr is logged. Its end with status 0 is a FIN, and what "
+            + "still comes is dropped; another end is a reset. It is killed when the connection ends, or when it writes nothing for "
+            + "--fin-timeout after its client has finished.",
             (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true))),
         new("filter-down", '\0', "COMMAND", "modify", Scope.Route, "",
             "The same for what servers say.",
@@ -6172,19 +6173,13 @@ internal sealed class LimitData(long limit, TapLine line) : Tap
 
 // ---- filter
 //
-// A child process in a direction, with two halves that wait each on its own. So no order in which the child reads and writes can
-// lock them up: what it does not read holds the source, what the target does not take holds the child.
+// A child process in a direction. Both sides of it wait each on its own, so that no order in which it reads and writes can lock
+// them up: what it does not read holds the source, what the target does not take holds the child.
 //
-//     Pump  --- WriteAsync --->  its stdin | its stdout  --- RunAsync --->  Next
-//
-// What ends a direction is the end of the child's output, and then its exit status.
+//     Pump  --- WriteAsync --->  stdin | stdout  --- RunAsync --->  Next
 
 internal sealed class FilterSettings : TapSettings
 {
-    private const string Shell = "sh:";
-    private static readonly string[] Names = ["TCPPROXY_CLIENT", "TCPPROXY_UPSTREAM", "TCPPROXY_ROUTE"];
-
-    private readonly List<string> _environment = []; // ours, which is also the child's
     private readonly bool _isUp;
     private readonly string[] _words;
     private string _path = "";
@@ -6193,91 +6188,82 @@ internal sealed class FilterSettings : TapSettings
     /// <exception cref="FormatException">it is no command</exception>
     internal FilterSettings(string command, bool isUp)
     {
-        bool isShell = command.StartsWith(Shell, StringComparison.Ordinal);
-        string[] words = Text.Words(isShell ? "" : command);
+        bool isShell = command.StartsWith("sh:", StringComparison.Ordinal);
         _isUp = isUp;
-        _words = !Libc.IsThere ? throw new FormatException("works on Linux only")
-            : command.Contains('\0', StringComparison.Ordinal) ? throw new FormatException("a command has no NUL character")
-            : isShell && command.AsSpan(Shell.Length).Trim().Length > 0 ? ["/bin/sh", "-c", command[Shell.Length..]]
-            : words.Length > 0 && words[0].Length > 0 ? words : throw new FormatException("names no command");
+        _words = isShell ? ["/bin/sh", "-c", command[3..].Trim()] : Text.Words(command);
+        string? wrong = !Libc.IsThere ? "works on Linux only"
+            : command.Contains('\0', StringComparison.Ordinal) ? "a command has no NUL character"
+            : _words.Length == 0 || _words[isShell ? ^1 : 0].Length == 0 ? "names no command" : null;
+        _ = wrong is null ? wrong : throw new FormatException(wrong);
     }
 
     internal override void Open(Log log)
     {
         _log = log;
         _path = Child.Find(_words[0]) ?? throw new IOException(
-            $"--filter-{(_isUp ? "up" : "down")}: '{_words[0]}' is not found, or may not be executed");
+            $"--filter-{(_isUp ? "up" : "down")}: there is no program '{_words[0]}'");
         Child.Prepare();
-        _environment.Clear();
-        foreach (DictionaryEntry entry in Environment.GetEnvironmentVariables())
-        {
-            string name = (string)entry.Key;
-            if (!name.StartsWith(EventLoop.Prefix, StringComparison.Ordinal) && Array.IndexOf(Names, name) < 0)
-            {
-                _environment.Add($"{name}={entry.Value}");
-            }
-        }
     }
 
     internal override void AddTo(Conversation conversation) =>
         conversation.LineOf(_isUp).Add(new FilterTap(this, conversation));
 
     /// <exception cref="TapException">it cannot be started</exception>
-    internal Child Run(Conversation about)
-    {
-        try
-        {
-            return Child.Run(_path, [.. _words, null], about.FinTimeout,
-                [$"{Names[0]}={Text.Of(about.Client)}", $"{Names[1]}={Text.Of(about.Server)}", $"{Names[2]}={about.Route}",
-                    .. _environment, null]);
-        }
-        catch (IOException e)
-        {
-            throw new TapException("PD", $"filter not started: {Text.Reason(e)}");
-        }
-    }
+    internal Child Run(Conversation about) =>
+        Child.Start(_path, _words, [$"TCPPROXY_CLIENT={Text.Of(about.Client)}", $"TCPPROXY_UPSTREAM={Text.Of(about.Server)}",
+            $"TCPPROXY_ROUTE={about.Route}"], out int error)
+        ?? throw new TapException("PD", $"filter not started: {Marshal.GetPInvokeErrorMessage(error)}");
 
     internal void Say(Conversation about, string text) =>
-        _log!.Client(LogLevel.Warn, "filter", about.Route, about.Client, text);
+        _log!.Event(LogLevel.Warn, "filter", $"{Text.Of(about.Client)}: {text}", about.Route);
 }
 
 internal sealed class FilterTap(FilterSettings settings, Conversation about) : Tap
 {
     private const int Chunk = 64 << 10; // bytes
     private const int Burst = 1 << 20; // bytes after which others of this event loop have their turn
-    private const int LongestLine = 1024; // bytes of stderr; a longer one becomes two
-    private const int MostLines = 10; // a second
+    private const int LongestMessage = 1024; // bytes of stderr in one line of the log
+    private const int MostMessages = 10; // a second
 
     private Task<Child> _start = null!;
     private Task _work = null!;
     private bool _isFinishing; // the source has finished
+    private bool _isHeldUp; // by the target
+    private int _moves; // of its output
 
-    /// <summary>Starting a process blocks until its program is loaded: not on an event loop (rule 6).</summary>
     internal override void Start()
     {
-        _start = Task.Run(() => settings.Run(about));
+        _start = Task.Run(() => settings.Run(about)); // blocks until its program is loaded (rule 6)
         _work = RunAsync();
     }
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        Child child = await _start;
+        Child child = await _start.WaitAsync(Line.Ending);
         if (_work.IsCompleted)
         {
-            await _work; // which throws, unless it has finished well: then what still comes is dropped
+            await _work; // which throws, unless it has finished: then what still comes is dropped
+            return;
         }
-        else
-        {
-            await child.WriteAsync(bytes);
-        }
+
+        await Child.TryAsync(() => child.Pipe.SendAsync(bytes, SocketFlags.None)); // if it has ended: how, is known soon
     }
 
     internal override async ValueTask FinishAsync()
     {
-        Child child = await _start;
+        Child child = await _start.WaitAsync(Line.Ending);
         _isFinishing = true;
-        child.CloseInput();
-        await _work;
+        await child.CloseInputAsync();
+        TimeSpan patience = about.FinTimeout > TimeSpan.Zero ? about.FinTimeout : Timeout.InfiniteTimeSpan;
+        int seen;
+        do
+        {
+            seen = _moves;
+            await Task.WhenAny(_work, Task.Delay(patience, Line.Ending));
+        }
+        while (!_work.IsCompleted && (_moves != seen || _isHeldUp));
+
+        await (_work.IsCompleted ? _work : throw new TapException("PD", "filter fin timeout")); // which kills it
     }
 
     private async Task RunAsync()
@@ -6303,39 +6289,33 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
         catch (Exception e)
         {
             Line.Fail(e);
-            throw; // to the pump, if it is here or comes
+            throw; // to the pump, if it waits here or comes
         }
         finally
         {
-            child?.Dispose();
+            child?.Kill();
         }
     }
 
     private async Task CopyAsync(Child child)
     {
-        int burst = 0;
-        while (true)
+        for (int burst = 0, length = 1; length > 0;)
         {
-            await child.ReadAsync(Memory<byte>.Empty); // only waits: who is silent holds no buffer
+            await Child.ReadAsync(child.Pipe, Memory<byte>.Empty); // only waits: who is silent holds no buffer
             byte[] buffer = ArrayPool<byte>.Shared.Rent(Chunk);
             try
             {
-                int length = await child.ReadAsync(buffer);
-                if (length == 0)
-                {
-                    return;
-                }
-
-                child.IsHeldUp = true;
+                length = await Child.ReadAsync(child.Pipe, buffer);
+                _isHeldUp = true;
                 await Next.WriteAsync(buffer.AsMemory(0, length));
-                child.IsHeldUp = false;
-                burst += length;
+                (_isHeldUp, _moves) = (false, _moves + 1);
             }
             finally
             {
                 ArrayPool<byte>.Shared.Return(buffer);
             }
 
+            burst += length;
             if (burst >= Burst)
             {
                 burst = 0;
@@ -6344,35 +6324,21 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
         }
     }
 
-    /// <summary>All of stderr is read, so that nobody waits for the log, but only so many lines a second get there.</summary>
+    /// <summary>What it says at once is a line of the log. All of it is read, so that it need not wait, but not all is logged.</summary>
     private async Task LogErrorsAsync(Socket errors)
     {
-        byte[] bytes = new byte[LongestLine];
-        int length = 0;
-        int lines = 0; // in this second
+        byte[] bytes = new byte[LongestMessage];
         long second = 0;
+        int count = 0; // in it
         using Socket owned = errors;
-        while (await Child.ReadAsync(errors, bytes.AsMemory(length)) is int read && read + length > 0)
-        {
-            length += read;
-            int end = bytes.AsSpan(0, length).IndexOf((byte)'\n');
-            while (end >= 0 || length == LongestLine || (read == 0 && length > 0))
-            {
-                Say(Encoding.UTF8.GetString(bytes.AsSpan(0, end < 0 ? length : end)).TrimEnd('\r'));
-                int next = end < 0 ? length : end + 1;
-                bytes.AsSpan(next, length - next).CopyTo(bytes);
-                length -= next;
-                end = bytes.AsSpan(0, length).IndexOf((byte)'\n');
-            }
-        }
-
-        void Say(string text)
+        for (int length; (length = await Child.ReadAsync(errors, bytes)) > 0;)
         {
             long now = Environment.TickCount64 / 1000;
-            (second, lines) = now == second ? (second, lines + 1) : (now, 1);
-            if (lines <= MostLines)
+            (second, count) = (now, now == second ? count + 1 : 1);
+            if (count <= MostMessages)
             {
-                settings.Say(about, lines < MostLines ? text : "more of its lines in this second are left out");
+                settings.Say(about, count < MostMessages ? Encoding.UTF8.GetString(bytes, 0, length).TrimEnd()
+                    : "what else it says in this second is left out");
             }
         }
     }
@@ -7044,18 +7010,6 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
     }
 }
 
-/// <summary>About a connection that lives.</summary>
-internal sealed class ClientLine(LogLevel level, string name, string route, EndPoint? client, string message)
-    : LogLine(level, name)
-{
-    protected override void AddKeys(LogText text)
-    {
-        text.Add("route", route);
-        text.Add("client", Text.Of(client));
-        text.Add("message", message);
-    }
-}
-
 /// <summary>A line whose point is a number.</summary>
 internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
@@ -7237,9 +7191,6 @@ internal sealed class Log : IDisposable
 
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
         Write(new MessageLine(level, name, route, message));
-
-    internal void Client(LogLevel level, string name, string route, EndPoint? client, string message) =>
-        Write(new ClientLine(level, name, route, client, message));
 
     internal void Count(LogLevel level, string name, string key, long count) =>
         Write(new CountLine(level, name, key, count));
@@ -7537,16 +7488,14 @@ internal sealed class Rest
 
 internal static class EventLoop
 {
-    internal const string Prefix = "DOTNET_SYSTEM_NET_SOCKETS_"; // of what is set here, and is no business of a child's
-
     /// <summary>Must come before the first socket: the runtime reads these once. Inline completions make one epoll
     /// loop a processor with no hop to the thread pool; that is why nothing may block in a continuation (rule 6).</summary>
     internal static void Configure(int threads)
     {
-        Environment.SetEnvironmentVariable(Prefix + "INLINE_COMPLETIONS", "1");
+        Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_INLINE_COMPLETIONS", "1");
         if (threads > 0)
         {
-            Environment.SetEnvironmentVariable(Prefix + "THREAD_COUNT", Text.Of(threads));
+            Environment.SetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_THREAD_COUNT", Text.Of(threads));
         }
     }
 
@@ -8034,48 +7983,30 @@ internal sealed class Pipe
     }
 }
 
-/// <summary>A child process whose stdin and stdout are one socket of ours, and its stderr another: the event loops serve Sockets,
-/// and a pipe is none. (So it cannot open /dev/stdout anew, which is for files.) It leads a process group, which ends with it.
-/// <para>Nobody but this waits for it: a number that may be killed is not another's yet, as it is reaped only after that. That
-/// is tried when its output has ended, which hardly ever comes before its end by more than a moment.</para></summary>
-internal sealed class Child : Watched, IDisposable
+/// <summary>A child process. Its stdin and stdout are one socket of ours, its stderr another: what the event loops serve are Sockets,
+/// and no pipe is one. (So it cannot open /dev/stdout anew, which is for files.) It leads a process group, which ends with it.
+/// <para>Who kills it reaps it, after that: until then its number is no other's. No thread and no descriptor waits for its end,
+/// which is looked for when its output has ended: that comes a moment before.</para></summary>
+internal sealed class Child
 {
-    private const int LongestPause = 100; // ms between two looks at whether it has ended
-
-    private readonly Lock _gate = new();
-    private readonly Socket _pipe; // owned; disposed by Kill
     private readonly int _id;
-    private readonly TimeSpan _patience; // for output once its input is closed; zero = off
-    private bool _isKilled; // under the gate, as the next two
-    private bool _isClosed;
-    private bool _isReaped;
-    private bool _isHung;
-    private bool _isHeldUp;
-    private long _quietSince;
+    private bool _isKilled;
 
-    private Child(Socket pipe, Socket errors, int id, TimeSpan patience) =>
-        (_pipe, Errors, _id, _patience) = (pipe, errors, id, patience);
+    private Child(int id, Socket pipe, Socket errors) => (_id, Pipe, Errors) = (id, pipe, errors);
 
-    /// <summary>Its stderr. To be disposed of by who reads it to its end.</summary>
-    internal Socket Errors { get; }
+    internal Socket Pipe { get; } // owned; disposed by Kill
+    internal Socket Errors { get; } // its reader disposes it
 
-    /// <summary>It cannot write because we do not read.</summary>
-    internal bool IsHeldUp
-    {
-        set => (_isHeldUp, _quietSince) = (value, Environment.TickCount64);
-    }
-
-    /// <summary>Where the program is, as execvp(3) looks for it. Null when there is none that may be executed.</summary>
+    /// <summary>Where the program is, as execvp(3) looks for it; null when there is none.</summary>
     internal static string? Find(string name)
     {
         string[] folders = name.Contains('/', StringComparison.Ordinal) ? [""]
             : (Environment.GetEnvironmentVariable("PATH") ?? "/usr/local/bin:/usr/bin:/bin").Split(':');
-        string[] paths = Array.ConvertAll(folders, folder => Path.Combine(folder, name));
-        return Array.Find(paths, path => File.Exists(path) && Libc.Access(path, Libc.Execute) == 0);
+        return Array.Find(Array.ConvertAll(folders, folder => Path.Combine(folder, name)), File.Exists);
     }
 
-    /// <summary>Once, before the first: what we were started with is not for children, and their ends are for us. All that the
-    /// runtime opens is close-on-exec; who leaves more than a thousand descriptors open has itself to blame.</summary>
+    /// <summary>Before the first: descriptors that we were started with are not for children (those that the runtime opens are
+    /// close-on-exec), and where SIGCHLD was ignored, the kernel would keep no exit status.</summary>
     internal static void Prepare()
     {
         for (int i = StandardStream.Error + 1; i < 1024; i++)
@@ -8083,205 +8014,101 @@ internal sealed class Child : Watched, IDisposable
             _ = Libc.Fcntl(i, Libc.SetDescriptorFlags, Libc.CloseOnExec);
         }
 
-        _ = Libc.Signal(Libc.SigChild, 0); // SIG_DFL: where it was ignored, the kernel would keep no exit status
+        _ = Libc.Signal(Libc.SigChild, 0); // SIG_DFL
     }
 
-    /// <summary>Blocks until the program is loaded. Both lists end with null.</summary>
-    /// <exception cref="IOException">it is not</exception>
-    internal static Child Run(string path, string?[] words, TimeSpan patience, string?[] environment)
+    /// <summary>Blocks until its program is loaded; null when it is not. Our environment is added to its own.</summary>
+    internal static Child? Start(string path, string[] words, List<string?> environment, out int error)
     {
-        Socket? pipe = null;
-        Socket? errors = null;
-        try
+        foreach (DictionaryEntry ours in Environment.GetEnvironmentVariables())
         {
-            pipe = Open(out SafeFileHandle stdio);
-            using (stdio)
+            string name = $"{ours.Key}=";
+            if (!name.StartsWith("DOTNET_SYSTEM_NET_SOCKETS_", StringComparison.Ordinal) // which EventLoop has set
+                && !environment.Exists(own => own!.StartsWith(name, StringComparison.Ordinal)))
             {
-                errors = Open(out SafeFileHandle stderr);
-                using (stderr)
-                {
-                    int id = Spawn(path, words, environment, (int)stdio.DangerousGetHandle(), (int)stderr.DangerousGetHandle());
-                    return new Child(pipe, errors, id, patience);
-                }
+                environment.Add(name + ours.Value);
             }
         }
-        catch
-        {
-            pipe?.Dispose();
-            errors?.Dispose();
-            throw;
-        }
 
-        static Socket Open(out SafeFileHandle theirs)
-        {
-            Span<int> ends = stackalloc int[2];
-            int type = Libc.StreamSocket | Libc.CloseOnExecSocket;
-            if (Libc.OpenSocketPair(Libc.UnixFamily, type, 0, ref MemoryMarshal.GetReference(ends)) != 0)
-            {
-                throw new IOException("out of descriptors");
-            }
-
-            theirs = new SafeFileHandle(ends[1], ownsHandle: true);
-            return new Socket(new SafeSocketHandle(ends[0], ownsHandle: true));
-        }
-    }
-
-    private static int Spawn(string path, string?[] words, string?[] environment, int stdio, int stderr)
-    {
-        const short Flags = 2 | 4 | 8; // a process group of its own, signals at their defaults (SIGPIPE is ignored here), none blocked
-        Span<long> attributes = stackalloc long[64]; // glibc's and musl's take 336 bytes
-        Span<long> actions = stackalloc long[32]; // 80
-        Span<long> signals = stackalloc long[16];
-        signals.Fill(-1); // all of them
-        ref long attribute = ref MemoryMarshal.GetReference(attributes);
-        ref long action = ref MemoryMarshal.GetReference(actions);
-        _ = Libc.SpawnAttributes(ref attribute);
-        _ = Libc.SpawnFlags(ref attribute, Flags);
-        _ = Libc.SpawnDefaults(ref attribute, ref MemoryMarshal.GetReference(signals));
-        _ = Libc.SpawnActions(ref action);
-        int error = Libc.SpawnDuplicate(ref action, stdio, 0) | Libc.SpawnDuplicate(ref action, stdio, StandardStream.Output)
-            | Libc.SpawnDuplicate(ref action, stderr, StandardStream.Error);
+        const int Type = Libc.StreamSocket | Libc.CloseOnExecSocket;
+        Span<int> ends = [-1, -1, -1, -1]; // ours and the child's, for stdin and stdout, then for stderr
         int id = 0;
-        error = error != 0 ? error : Libc.Spawn(out id, path, ref action, ref attribute, words, environment);
-        _ = Libc.SpawnActionsEnd(ref action); // the attributes hold no memory
-        return error == 0 ? id : throw new IOException(Marshal.GetPInvokeErrorMessage(error));
+        error = Libc.OpenSocketPair(Libc.UnixFamily, Type, 0, ref ends[0]) != 0
+            || Libc.OpenSocketPair(Libc.UnixFamily, Type, 0, ref ends[2]) != 0 ? Libc.Emfile
+            : Libc.Spawn(out id, path, ends[1], ends[3], [.. words, null], [.. environment, null]);
+        _ = Libc.Close(ends[1]);
+        _ = Libc.Close(ends[3]);
+        if (error == 0)
+        {
+            return new Child(id, Own(ends[0]), Own(ends[2]));
+        }
+
+        _ = Libc.Close(ends[0]);
+        _ = Libc.Close(ends[2]);
+        return null;
+
+        static Socket Own(int descriptor) => new(new SafeSocketHandle(descriptor, ownsHandle: true));
     }
 
-    /// <summary>What it does not take because it has ended, or closed its stdin, is dropped.</summary>
-    internal async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    /// <summary>0 at the end, and where it has ended without having read all (a reset) or is killed.</summary>
+    internal static async ValueTask<int> TryAsync(Func<ValueTask<int>> action)
     {
         try
         {
-            await _pipe.SendAsync(bytes, SocketFlags.None);
+            return await action();
         }
         catch (Exception e) when (e is SocketException or ObjectDisposedException)
         {
-            // its exit status says what to think of it
+            return 0;
         }
     }
 
-    /// <summary>0 at the end of its output.</summary>
-    internal ValueTask<int> ReadAsync(Memory<byte> bytes) => ReadAsync(_pipe, bytes);
+    internal static ValueTask<int> ReadAsync(Socket socket, Memory<byte> bytes) =>
+        TryAsync(() => socket.ReceiveAsync(bytes, SocketFlags.None));
 
-    internal static async ValueTask<int> ReadAsync(Socket socket, Memory<byte> bytes)
+    internal ValueTask<int> CloseInputAsync() => TryAsync(() =>
     {
-        try
-        {
-            return await socket.ReceiveAsync(bytes, SocketFlags.None);
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            return 0; // it has not read all of its input (a reset), or is killed
-        }
-    }
-
-    internal void CloseInput()
-    {
-        lock (_gate)
-        {
-            if (_isClosed || _isKilled)
-            {
-                return;
-            }
-
-            (_isClosed, _quietSince) = (true, Environment.TickCount64);
-            Sweep.Add(this);
-            ShutDown(_pipe, SocketShutdown.Send);
-        }
-    }
+        Pipe.Shutdown(SocketShutdown.Send);
+        return default;
+    });
 
     /// <summary>Its output has ended: how it ends itself, in words; null is well.</summary>
     internal async Task<string?> EndAsync()
     {
-        CloseInput();
+        const int Look = Libc.WaitExited | Libc.WaitNoHang | Libc.WaitNoReap;
         Libc.ChildStatus status = default;
-        for (int pause = 1; !Volatile.Read(ref _isKilled) && !HasEnded(ref status); pause = Math.Min(2 * pause, LongestPause))
+        for (int pause = 1; !Volatile.Read(ref _isKilled)
+            && Libc.Wait(Libc.WaitProcess, _id, ref status, Look) == 0 && status.Id == 0; pause++)
         {
             await Task.Delay(pause);
         }
 
-        Dispose();
-        return status.Code switch
-        {
-            Libc.ChildExited => status.Status == 0 ? null : $"exited with status {Text.Of(status.Status)}",
-            > 0 => $"killed by signal {Text.Of(status.Status)}",
-            _ => _isHung ? "fin timeout" : "killed",
-        };
+        Kill(); // what is left of its group
+        return status.Code == 0 ? "killed" : status.Code != Libc.ChildExited ? $"killed by signal {Text.Of(status.Status)}"
+            : status.Status == 0 ? null : $"exited with status {Text.Of(status.Status)}";
     }
 
-    /// <summary>It stays a zombie.</summary>
-    private bool HasEnded(ref Libc.ChildStatus status) =>
-        Libc.Wait(Libc.WaitProcess, _id, ref status, Libc.WaitExited | Libc.WaitNoHang | Libc.WaitNoReap) != 0 || status.Id != 0;
-
-    /// <summary>With all of its group that is still there.</summary>
     internal void Kill()
     {
-        lock (_gate)
+        if (!Interlocked.Exchange(ref _isKilled, true))
         {
-            if (!_isKilled)
-            {
-                _isKilled = true;
-                _ = Libc.Kill(-_id, Libc.SigKill);
-                Sweep.Remove(this);
-            }
-        }
-
-        _pipe.Dispose();
-    }
-
-    public void Dispose()
-    {
-        Kill();
-        if (!Interlocked.Exchange(ref _isReaped, true))
-        {
+            _ = Libc.Kill(-_id, Libc.SigKill);
             _ = ReapAsync();
         }
+
+        Pipe.Dispose();
     }
 
-    /// <summary>Of those that it has started, too, which are ours now if we are process 1.</summary>
+    /// <summary>All of the group that is ours: more than itself where we are process 1.</summary>
     private async Task ReapAsync()
     {
         Libc.ChildStatus status = default;
-        for (int pause = 1; Libc.Wait(Libc.WaitGroup, _id, ref status, Libc.WaitExited | Libc.WaitNoHang) == 0; status = default)
+        for (int pause = 1; Libc.Wait(Libc.WaitGroup, _id, ref status, Libc.WaitExited | Libc.WaitNoHang) == 0; pause++)
         {
-            if (status.Id == 0)
-            {
-                await Task.Delay(pause);
-                pause = Math.Min(2 * pause, LongestPause);
-            }
-        }
-
-        ShutDown(Errors, SocketShutdown.Receive); // what it has said can still be read
-    }
-
-    private static void ShutDown(Socket socket, SocketShutdown how)
-    {
-        try
-        {
-            socket.Shutdown(how);
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            // it is already
+            await (status.Id == 0 ? Task.Delay(pause) : Task.CompletedTask);
+            status = default;
         }
     }
-
-    internal override bool Check(long now)
-    {
-        if (_isHeldUp)
-        {
-            _quietSince = now;
-        }
-        else if (_patience > TimeSpan.Zero && now - _quietSince >= _patience.TotalMilliseconds)
-        {
-            _isHung = true;
-            Kill();
-        }
-
-        return false;
-    }
-
-    internal override void Stop() => Kill();
 }
 
 /// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
@@ -8299,7 +8126,7 @@ internal static partial class Libc
     internal const int UnixFamily = 1;
     internal const int StreamSocket = 1;
     internal const int CloseOnExecSocket = 0x80000;
-    internal const int Execute = 1; // X_OK
+    internal const int Emfile = 24;
     internal const int SigKill = 9;
     internal const int SigChild = 17;
     internal const int WaitProcess = 1; // P_PID
@@ -8331,18 +8158,15 @@ internal static partial class Libc
         internal ulong Hard;
     }
 
-    /// <summary>siginfo_t of a child.</summary>
-    [StructLayout(LayoutKind.Explicit, Size = 128)]
+    /// <summary>siginfo_t of a child; 0 is none.</summary>
+    [StructLayout(LayoutKind.Sequential, Size = 128)]
     internal struct ChildStatus
     {
-        [FieldOffset(8)]
-        internal int Code;
-
-        [FieldOffset(16)]
-        internal int Id; // 0 = none
-
-        [FieldOffset(24)]
-        internal int Status; // or signal
+        private readonly long _signal;
+        internal long Code; // an int, and nothing behind it
+        internal int Id;
+        private readonly int _user;
+        internal int Status; // or the signal
     }
 
     [LibraryImport("libc", EntryPoint = "getrlimit")]
@@ -8390,50 +8214,45 @@ internal static partial class Libc
     [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Ioctl(int descriptor, nuint request, ref int value);
 
-    [LibraryImport("libc", EntryPoint = "access", StringMarshalling = StringMarshalling.Utf8)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int Access(string path, int mode);
+    /// <summary>In a process group of its own, with all signals at their defaults (SIGPIPE is ignored here) and none blocked. The
+    /// lists end with null. Returns the error number; 0 is none.</summary>
+    internal static int Spawn(out int id, string path, int stdio, int stderr, string?[] words, string?[] environment)
+    {
+        Span<long> attributes = stackalloc long[64]; // posix_spawnattr_t of glibc and musl: flags, group, defaults, mask ...
+        attributes.Clear();
+        attributes[0] = 2 | 4 | 8; // POSIX_SPAWN_SETPGROUP, SETSIGDEF, SETSIGMASK
+        attributes[1..17].Fill(-1); // every signal
+        Span<long> actions = stackalloc long[32]; // posix_spawn_file_actions_t, as its init leaves it
+        actions.Clear();
+        int error = Duplicate(ref actions[0], stdio, 0) | Duplicate(ref actions[0], stdio, 1)
+            | Duplicate(ref actions[0], stderr, 2);
+        id = 0;
+        error = error != 0 ? error : Spawn(out id, path, ref actions[0], ref attributes[0], words, environment);
+        _ = EndActions(ref actions[0]);
+        return error;
+    }
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn", StringMarshalling = StringMarshalling.Utf8)]
+    private static partial int Spawn(
+        out int id, string path, ref long actions, ref long attributes, string?[] words, string?[] environment);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_adddup2")]
+    private static partial int Duplicate(ref long actions, int descriptor, int copy);
+
+    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_destroy")]
+    private static partial int EndActions(ref long actions);
+
+    [LibraryImport("libc", EntryPoint = "close")]
+    internal static partial int Close(int descriptor);
 
     [LibraryImport("libc", EntryPoint = "kill")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Kill(int id, int signal);
 
     [LibraryImport("libc", EntryPoint = "signal")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Signal(int signal, nint handler);
 
     [LibraryImport("libc", EntryPoint = "waitid")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Wait(int kind, int id, ref ChildStatus status, int options);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawnattr_init")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnAttributes(ref long attributes);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawnattr_setflags")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnFlags(ref long attributes, short flags);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawnattr_setsigdefault")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnDefaults(ref long attributes, ref long signals);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_init")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnActions(ref long actions);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_adddup2")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnDuplicate(ref long actions, int descriptor, int copy);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_destroy")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int SpawnActionsEnd(ref long actions);
-
-    [LibraryImport("libc", EntryPoint = "posix_spawn", StringMarshalling = StringMarshalling.Utf8)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
-    internal static partial int Spawn(
-        out int id, string path, ref long actions, ref long attributes, string?[] words, string?[] environment);
 }
 
 internal enum AddressKind
@@ -8971,18 +8790,16 @@ internal static class Text
         return [.. bytes];
     }
 
-    /// <summary>Words as a shell would split them: at blanks, but not in quotes, and not after a backslash. In single quotes a
-    /// backslash is one.</summary>
+    /// <summary>Words as a shell splits them: at blanks, but not in quotes nor after a backslash, which is one in single quotes.</summary>
     /// <exception cref="FormatException">something is not closed</exception>
     internal static string[] Words(string text)
     {
         List<string> words = [];
         StringBuilder? word = null; // null between words
-        char quote = '\0';
+        char quote = ' '; // none
         for (int i = 0; i < text.Length; i++)
         {
-            char c = text[i];
-            if (quote == '\0' && char.IsWhiteSpace(c))
+            if (quote == ' ' && char.IsWhiteSpace(text[i]))
             {
                 words.AddRange(word is null ? [] : [word.ToString()]);
                 word = null;
@@ -8990,20 +8807,18 @@ internal static class Text
             }
 
             word ??= new StringBuilder();
-            if (c == quote || (quote == '\0' && c is '"' or '\''))
+            if (text[i] == quote || (quote == ' ' && text[i] is '"' or '\''))
             {
-                quote = quote == '\0' ? c : '\0';
+                quote = quote == ' ' ? text[i] : ' ';
+                continue;
             }
-            else
-            {
-                bool isEscape = c == '\\' && quote != '\'';
-                i += isEscape ? 1 : 0;
-                word.Append(i < text.Length ? text[i] : throw new FormatException("nothing follows the last backslash"));
-            }
+
+            i += text[i] == '\\' && quote != '\'' ? 1 : 0;
+            word.Append(i < text.Length ? text[i] : throw new FormatException("nothing follows the last backslash"));
         }
 
         words.AddRange(word is null ? [] : [word.ToString()]);
-        return quote == '\0' ? [.. words] : throw new FormatException($"a quote ({quote}) is not closed");
+        return quote == ' ' ? [.. words] : throw new FormatException($"a quote ({quote}) is not closed");
     }
 
     /// <summary>What came from outside, without anything that a terminal or a parser could take for more: JSON's

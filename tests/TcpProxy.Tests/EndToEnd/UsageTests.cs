@@ -163,7 +163,7 @@ public sealed class UsageTests : EndToEndTest
             "log", "log-file",
             "log-level", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
-            "help", "version", "wait-for", "timeout", "dump", "dump-limit", "record",
+            "help", "version", "wait-for", "timeout",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));
         IEnumerable<string> known = Regex.Matches(help, @"(?<![\w-])--([a-z][a-z0-9-]*)").Select(
