@@ -257,13 +257,11 @@ public sealed class AccessTests : EndToEndTest
         }
 
         string list = Given.Write("million", text.Append("127.9.8.0/24\n").ToString());
-        Stopwatch clock = Stopwatch.StartNew();
         string said = (await Tool.Proxy("127.0.0.1:0", "echo", "--deny", $"@{list}", "--explain", "127.9.8.7")).Good();
-        TestContext.Current.TestOutputHelper?.WriteLine($"{clock.ElapsedMilliseconds} ms");
-        Assert.InRange(clock.ElapsedMilliseconds, 0, 2_000);
         Assert.Contains($"\n  denied: rule --deny @{list} ({list}:1000001)\n", said, StringComparison.Ordinal);
 
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--deny", $"@{list}");
+        Assert.InRange(proxy.Processor, 0, 2_000); // of processor time: how long it takes depends on who else is here
         await (await From(proxy.Endpoint(), "127.9.8.7")).ExpectEnd();
         TestContext.Current.TestOutputHelper?.WriteLine($"{proxy.Resident >> 20} MB");
         Assert.InRange(proxy.Resident, 0, 64 << 20);

@@ -63,8 +63,9 @@ public sealed class ToxicTests : EndToEndTest
         Assert.InRange(first.Max(), 120, 2_000);
         List<double> again = await Sample("5");
         List<double> other = await Sample("6");
-        Assert.InRange(Difference(first, again), 0, 8);
-        Assert.InRange(Difference(first, other), 10, 100);
+        double byChance = Difference(first, other);
+        Assert.InRange(byChance, 15, 100);
+        Assert.InRange(Difference(first, again), 0, byChance / 2); // the rest is what a busy machine adds
 
         async Task<List<double>> Sample(string seed)
         {
