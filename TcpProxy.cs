@@ -5738,26 +5738,23 @@ internal sealed class Matcher
     /// unless these bytes are the last.</summary>
     internal bool Find(ReadOnlySpan<byte> bytes, bool isLast, ref int at, ref MatchNode node, out int start, out int pattern)
     {
-        MatchNode? next = node;
-        while (at < bytes.Length && next is not null)
+        (MatchNode state, int i) = (node, at); // not by reference, a store through which costs the collector's barrier
+        MatchNode? next = state;
+        while (i < bytes.Length && next is not null)
         {
-            if (node == Root && bytes[at..].IndexOfAny(_firsts) is int skip and not 0)
+            if (state == Root && bytes[i..].IndexOfAny(_firsts) is int skip and not 0)
             {
-                at = skip < 0 ? bytes.Length : at + skip;
+                i = skip < 0 ? bytes.Length : i + skip;
                 continue;
             }
 
-            next = node.Moves[bytes[at]];
-            (node, at) = next is null ? (node, at) : (next, at + 1);
+            next = state.Moves[bytes[i]];
+            (state, i) = next is null ? (state, i) : (next, i + 1);
         }
 
-        pattern = next is null || isLast || node.IsEnd ? node.Found : -1;
-        start = at - node.Held.Length + node.FoundAt;
-        if (pattern >= 0)
-        {
-            (at, node) = (start + _patterns[pattern].Length, Root);
-        }
-
+        pattern = next is null || isLast || state.IsEnd ? state.Found : -1;
+        start = i - state.Held.Length + state.FoundAt;
+        (at, node) = pattern < 0 ? (i, state) : (start + _patterns[pattern].Length, Root);
         return pattern >= 0;
     }
 }

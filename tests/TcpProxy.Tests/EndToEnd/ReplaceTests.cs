@@ -36,19 +36,19 @@ public sealed class ReplaceTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task What_is_cut_anywhere_is_found()
     {
-        const string Text = "x needneedle needles y";
+        const string Text = "x needneedle needleles y";
         ProxyProcess proxy = await Given.Proxy(To, "echo", "--replace-up", "needle=>pin", "--replace-up", "need=>?", "--replace-up", "les=>!");
         await Task.WhenAll(Enumerable.Range(0, Text.Length).Select(Cut));
 
-        async Task Cut(int at)
+        Task Cut(int at) => InTime("x ?pin pin! y", async () =>
         {
             Peer client = await Given.Client(proxy);
             await client.Send(Text[..at]);
             await Wait.Pause(5);
             await client.Send(Text[at..]);
             client.Finish();
-            Assert.Equal("x ?pin pins y", Encoding.UTF8.GetString(await client.ReceiveToEnd()));
-        }
+            return Encoding.UTF8.GetString(await client.ReceiveToEnd());
+        });
     }
 
     [Fact(Timeout = Quick)]
@@ -57,18 +57,22 @@ public sealed class ReplaceTests : EndToEndTest
         const string Text = "a needle, an needneedle and a nee";
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy(To, upstream.Address, "--replace-up", "needle=>pin");
-        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
-        foreach (char c in Text)
+        await InTime("a pin, an needpin and a nee", async () =>
         {
-            await client.Send($"{c}");
-            await Wait.Pause(1);
-        }
+            (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+            foreach (char c in Text)
+            {
+                await client.Send($"{c}");
+                await Wait.Pause(1);
+            }
 
-        client.Finish(); // and what is held then goes with the FIN
-        Assert.Equal("a pin, an needpin and a nee", Encoding.UTF8.GetString(await server.ReceiveToEnd()));
-        await server.Send("still here");
-        server.Finish();
-        Assert.Equal("still here", Encoding.UTF8.GetString(await client.ReceiveToEnd()));
+            client.Finish(); // and what is held then goes with the FIN
+            string got = Encoding.UTF8.GetString(await server.ReceiveToEnd());
+            await server.Send("still here");
+            server.Finish();
+            Assert.Equal("still here", Encoding.UTF8.GetString(await client.ReceiveToEnd()));
+            return got;
+        });
     }
 
     [Fact(Timeout = Quick)]
@@ -279,6 +283,18 @@ public sealed class ReplaceTests : EndToEndTest
         Assert.StartsWith($"tcpproxy: error: {option}: ", line, StringComparison.Ordinal);
         Assert.Contains(words, line, StringComparison.Ordinal);
         Assert.Equal(2, outcome.Status);
+    }
+
+    /// <summary>On a machine that stalls for 100 ms in the middle of a match there is rightly none: that is tried again.</summary>
+    private static async Task InTime(string expected, Func<Task<string>> attempt)
+    {
+        string got = await attempt();
+        for (int i = 0; i < 4 && got != expected; i++)
+        {
+            got = await attempt();
+        }
+
+        Assert.Equal(expected, got);
     }
 
     private static string Text(int number) => number.ToString(CultureInfo.InvariantCulture);

@@ -133,6 +133,22 @@ public sealed class MatchTests
     }
 
     [Fact(Timeout = 20_000)]
+    public async Task A_timer_that_comes_late_gives_new_bytes_their_own_time()
+    {
+        Sink sink = new() { Gate = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously) };
+        MatchTap tap = New([MatchRule.ParseReplace("ab=>X")], sink, patience: 400);
+        await tap.WriteAsync("a"u8.ToArray());
+        Task writing = tap.WriteAsync("1a"u8.ToArray()).AsTask();
+        await Task.Delay(600, TestContext.Current.CancellationToken); // the time of the first byte passes, and waits for its turn
+        sink.Gate.SetResult();
+        await writing;
+        await tap.WriteAsync("b"u8.ToArray());
+        Assert.Equal("a1X", Text(sink));
+        await tap.WriteAsync("a"u8.ToArray());
+        await sink.Grows("a1Xa");
+    }
+
+    [Fact(Timeout = 20_000)]
     public async Task What_fails_in_its_own_time_is_told_to_the_line()
     {
         TaskCompletionSource<Exception> failed = new(TaskCreationOptions.RunContinuationsAsynchronously);
