@@ -50,6 +50,9 @@ public sealed class UsageTests : EndToEndTest
         { "127.0.0.1:0 echo --log xml", ["--log: ", "xml"] },
         { "127.0.0.1:0 echo --log jsno", ["--log: ", "jsno", "did you mean 'json'?"] },
         { "127.0.0.1:0 echo --log-level wran", ["--log-level: ", "wran", "did you mean 'warn'?"] },
+        { "127.0.0.1:0 echo --pcap=", ["--pcap: ", "empty"] },
+        { "127.0.0.1:0 echo --pcap-rotate 10x", ["--pcap-rotate: ", "10x"] },
+        { "127.0.0.1:0 echo --pcap-rotate 1k", ["--pcap-rotate: ", "1k", "65536"] },
         { "127.0.0.1:0 echo --once=yes", ["--once: ", "value"] },
         { "127.0.0.1:0 echo --source 300.1.1.1", ["--source: ", "300.1.1.1"] },
         { "127.0.0.1:99999 echo", ["127.0.0.1:99999", "port"] },
@@ -137,7 +140,7 @@ public sealed class UsageTests : EndToEndTest
             "max-connections-per-ip", "ip6-prefix", "connect-rate", "connect-rate-per-ip",
             "refuse", "rate-up", "rate-down", "rate-total-up", "rate-total-down",
             "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout", "log", "log-file",
-            "log-level", "config", "check-config",
+            "log-level", "pcap", "pcap-rotate", "config", "check-config",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
