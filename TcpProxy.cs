@@ -4700,7 +4700,7 @@ internal sealed class CaptureTap : Tap
     internal CaptureTap(Capture capture, Conversation conversation, bool isUp, byte[] head)
     {
         (_capture, _conversation, _isUp, _head, _ip) = (capture, conversation, isUp, head, head.Length - TcpHead);
-        _sum = Checksum.Sum(head.AsSpan(_ip == 20 ? 12.._ip : 8.._ip)) + Checksum.Number(Tcp);
+        _sum = InternetChecksum.Sum(head.AsSpan(_ip == 20 ? 12.._ip : 8.._ip)) + InternetChecksum.Number(Tcp);
         _sequence = (uint)(Environment.TickCount64 * 250) + (isUp ? 0 : 1u << 31); // a clock of 4 us: RFC 9293, 3.4.1
         conversation.LineOf(isUp).Add(this);
     }
@@ -4798,11 +4798,11 @@ internal sealed class CaptureTap : Tap
         BinaryPrimitives.WriteUInt32BigEndian(segment[4..], _sequence);
         BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? _peer._sequence : 0);
         (segment[12], segment[13]) = ((byte)((isSyn ? TcpHead + bytes.Length : TcpHead) << 2), (byte)flags);
-        MemoryMarshal.Write(segment[16..], Checksum.Of(segment, _sum + Checksum.Number(segment.Length)));
+        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment, _sum + InternetChecksum.Number(segment.Length)));
         if (packet[0] == 0x45)
         {
             BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)length);
-            MemoryMarshal.Write(packet[10..], Checksum.Of(packet[.._ip]));
+            MemoryMarshal.Write(packet[10..], InternetChecksum.Of(packet[.._ip]));
         }
         else
         {
@@ -4828,7 +4828,7 @@ internal sealed class CaptureTap : Tap
 }
 
 /// <summary>Of IP and TCP (RFC 1071), computed in the machine's order of bytes, whichever that is (2B).</summary>
-internal static class Checksum
+internal static class InternetChecksum
 {
     internal static ushort Of(ReadOnlySpan<byte> bytes, ulong sum = 0)
     {
@@ -4853,10 +4853,9 @@ internal static class Checksum
         }
 
         ulong sum = Vector.Sum(sums);
-        uint word = 0;
         for (bytes = bytes[(vectors.Length * Vector<byte>.Count)..]; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
         {
-            word = 0;
+            uint word = 0;
             bytes[..Math.Min(4, bytes.Length)].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref word)));
             sum += word;
         }

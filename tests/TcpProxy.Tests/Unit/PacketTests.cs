@@ -15,7 +15,7 @@ public sealed class PacketTests
     [Fact]
     public void The_checksum_is_the_one_of_the_RFCs_example()
     {
-        ushort sum = Checksum.Of([0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]); // RFC 1071, 3: the sum is ddf2
+        ushort sum = InternetChecksum.Of([0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]); // RFC 1071, 3: the sum is ddf2
         Assert.Equal(0x220d, BinaryPrimitives.ReverseEndianness(sum));
     }
 
@@ -27,12 +27,12 @@ public sealed class PacketTests
         {
             byte[] bytes = new byte[length];
             random.NextBytes(bytes);
-            Assert.Equal(Plain(bytes), BinaryPrimitives.ReverseEndianness(Checksum.Of(bytes)));
+            Assert.Equal(Plain(bytes), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of(bytes)));
         }
 
         byte[] ones = new byte[65535];
         Array.Fill(ones, byte.MaxValue);
-        Assert.Equal(Plain(ones), BinaryPrimitives.ReverseEndianness(Checksum.Of(ones)));
+        Assert.Equal(Plain(ones), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of(ones)));
     }
 
     [Fact]
