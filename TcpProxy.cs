@@ -392,8 +392,8 @@ internal sealed class Option(
             "The same in what servers send.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v))),
         new("block-up", '\0', "PATTERN", "modify", Scope.Route, "",
-            "Reset the connection before the bytes PATTERN pass from a client. Found as --replace-up finds them, so a client "
-            + "that waits 100 ms in the middle of them gets them past.",
+            "Reset the connection before the bytes PATTERN pass from a client. They are found as by --replace-up; when a client "
+            + "waits 100 ms in the middle of them, the part before has passed, but never the rest.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null))),
         new("block-down", '\0', "PATTERN", "modify", Scope.Route, "",
             "The same before they pass from a server.",
@@ -5003,44 +5003,37 @@ internal sealed class CaptureSettings
     }
 }
 
-/// <summary>One file, or stdout. Packets go into a chunk of memory, full chunks to a thread that writes; when all chunks are
-/// full, pumps wait for it. If it gets nothing written for as long as <see cref="Patience"/>, or fails, the capture is over,
-/// and connections go on without it: nothing is ever left out of the middle.</summary>
+/// <summary>One file, or stdout. Packets go into one of two buffers while a thread writes the other. When it is full, pumps
+/// wait; when nothing gets written for 5 s, or cannot be, the capture is over, and connections go on without it: nothing is
+/// ever left out of the middle.</summary>
 internal sealed class Capture(string file, CaptureSettings settings) : TapSettings
 {
     internal const string Stdout = "-";
 
-    private const int Chunks = 8; // that pumps may fill; the beginnings and ends of connections, which cannot wait, as many again
+    private const int Size = 1 << 20; // bytes of a buffer
+    private const int LargestSize = 8 * Size; // grown for the beginnings and ends of connections, which cannot wait
+    private const int Slice = 64 << 10; // bytes written at once
     private const int Gather = 10; // ms: the writer wakes once for what comes within this time
-    private const int Slice = 64 << 10; // bytes written at once: less in the time of patience is a reader that has stopped
-    private const int Patience = 5000; // ms
+    private const int Look = 1000; // ms between two looks at whether it gets on
+    private const int Patience = 5; // looks
 
-    /// <summary>A part of the file, in whole blocks.</summary>
-    private sealed class Chunk
-    {
-        internal readonly byte[] Bytes = new byte[4 * Packet.LargestBlock];
-        internal int Length;
-    }
-
-    private readonly Queue<Chunk> _full = []; // under itself, as all to the clock
-    private readonly List<Chunk> _free = [];
-    private Chunk _current = new();
-    private int _count = 1; // chunks that there are
-    private TaskCompletionSource? _room; // completed when a chunk has become free
-    private long _written; // bytes
-    private bool _isWaiting; // the writer, for a first packet or a full chunk
-    private bool _isClosing;
+    private readonly object _gate = new();
+    private byte[] _buffer = new byte[Size]; // under the gate, as the next six
+    private int _length; // of what is in it
+    private TaskCompletionSource? _room; // completed when it is empty again
     private bool _isOver = true; // until it is open
-    private int _stand; // the last number given to a client without a port
-    private long _clock; // Stopwatch's, when it was last compared with the time of day
-    private long _clockTime; // then, in nanoseconds since 1970
-    private long _lastTime;
+    private long _time; // of the last packet, in nanoseconds since 1970
+    private int _standIns;
+    private int _stalls; // looks in a row that saw nothing written
 
     private Log? _log;
+    private Timer? _timer; // owned, until the process ends
     private Thread? _writer;
     private FileStream? _file; // owned; the writer's, as the next two; null = stdout
     private long _size; // of it, in whole blocks
     private int _files;
+    private long _written; // bytes
+    private bool _isWriting;
 
     internal string File { get; } = file;
 
@@ -5048,12 +5041,11 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     {
         if (_writer is not null)
         {
-            return; // by another route
+            return; // another route was first
         }
 
         try
         {
-            _log = log;
             _file = File == Stdout ? null : Create(File);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
@@ -5061,22 +5053,31 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             throw new IOException($"--pcap: cannot open {File}: {Text.Reason(e)}");
         }
 
-        _isOver = false;
-        _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = "pcap" };
+        (_log, _isOver, _writer) = (log, false, new Thread(Run, 128 << 10) { IsBackground = true, Name = "pcap" });
         _writer.Start();
+        long seen = 0;
+        _timer = new Timer(_ =>
+        {
+            _stalls = Volatile.Read(ref _isWriting) && Volatile.Read(ref _written) == seen ? _stalls + 1 : 0;
+            seen = Volatile.Read(ref _written);
+            if (_stalls == Patience)
+            {
+                Fail(File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
+            }
+        }, null, Look, Look);
     }
 
     internal override void Close()
     {
-        lock (_full)
+        lock (_gate)
         {
-            (_isClosing, _isOver) = (true, true);
-            Monitor.Pulse(_full);
+            _isOver = true;
+            Monitor.Pulse(_gate);
         }
 
-        for (long written = -1; Volatile.Read(ref _written) != written && _writer?.Join(Patience) == false;)
+        while (_writer?.Join(Look) == false && Volatile.Read(ref _stalls) < Patience)
         {
-            written = Volatile.Read(ref _written);
+            // it gets on
         }
     }
 
@@ -5084,36 +5085,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     {
         if (!Volatile.Read(ref _isOver))
         {
-            CaptureTap client = new(this, conversation, isUp: true);
-            CaptureTap server = new(this, conversation, isUp: false);
-            client.Begin(server);
-        }
-    }
-
-    // ---- what taps call
-
-    /// <summary>The time in nanoseconds since 1970. Never less than the last one, whatever is done to the system's clock.</summary>
-    internal long Now()
-    {
-        lock (_full)
-        {
-            long clock = Stopwatch.GetTimestamp();
-            if (clock - _clock > Stopwatch.Frequency)
-            {
-                (_clock, _clockTime) = (clock, (DateTime.UtcNow - DateTime.UnixEpoch).Ticks * TimeSpan.NanosecondsPerTick);
-            }
-
-            long since = (long)((clock - _clock) * (1e9 / Stopwatch.Frequency));
-            return _lastTime = Math.Max(_lastTime, _clockTime + since);
-        }
-    }
-
-    /// <summary>1024 to 65535, again and again.</summary>
-    internal int NextPort()
-    {
-        lock (_full)
-        {
-            return 1024 + (_stand++ % (65536 - 1024));
+            CaptureTap.AddTo(conversation, this, Interlocked.Increment(ref _standIns));
         }
     }
 
@@ -5121,91 +5093,60 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     /// <paramref name="mustFit"/> ends the capture instead. An acknowledgement of nothing new is left out.</summary>
     internal bool TryAdd(CaptureTap from, int flags, ReadOnlySpan<byte> bytes = default, bool mustFit = false)
     {
-        lock (_full)
+        lock (_gate)
         {
-            if (_isOver || (flags == Packet.Ack && bytes.Length == 0 && !from.HasNews))
+            int end = _length + from.BlockLength(bytes.Length);
+            if (_isOver || (flags == CaptureTap.Ack && bytes.Length == 0 && !from.HasNews))
             {
                 return true;
             }
 
-            int length = Packet.Block(from, flags, bytes.Length);
-            if (_current.Length + length > _current.Bytes.Length && !TryNextChunk(mustFit ? 2 * Chunks : Chunks))
+            if (!mustFit && end > Size)
             {
-                if (mustFit)
-                {
-                    Fail("it is written too slowly");
-                }
-
-                return mustFit;
+                return false;
             }
 
-            Packet.Write(_current.Bytes.AsSpan(_current.Length, length), Now(), from, flags, bytes);
-            _current.Length += length;
-            Wake();
+            if (end > LargestSize)
+            {
+                Fail("it is written too slowly");
+                return true;
+            }
+
+            if (end > _buffer.Length)
+            {
+                Array.Resize(ref _buffer, 2 * _buffer.Length);
+            }
+
+            _time = Math.Max(_time, (DateTime.UtcNow - DateTime.UnixEpoch).Ticks * TimeSpan.NanosecondsPerTick);
+            from.Write(_buffer.AsSpan(_length, end - _length), _time, flags, bytes);
+            if (_length == 0)
+            {
+                Monitor.Pulse(_gate);
+            }
+
+            _length = end;
             return true;
         }
     }
 
-    /// <summary>Until a packet may fit again, or the capture is over.</summary>
-    internal async Task RoomAsync(CancellationToken token)
+    /// <summary>Until there is room, or the capture is over.</summary>
+    internal Task RoomAsync()
     {
-        Task room;
-        long written;
-        lock (_full)
+        lock (_gate)
         {
-            if (_free.Count > 0 || _count < Chunks || _isOver)
+            if (_isOver || _length == 0)
             {
-                return;
+                return Task.CompletedTask;
             }
 
-            _room ??= new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
-            (room, written) = (_room.Task, _written);
-        }
-
-        try
-        {
-            await room.WaitAsync(TimeSpan.FromMilliseconds(Patience), token);
-        }
-        catch (TimeoutException)
-        {
-            lock (_full)
-            {
-                if (_written == written)
-                {
-                    Fail(File == Stdout ? "its reader has stopped" : "its disk has stopped");
-                }
-            }
-        }
-    }
-
-    private bool TryNextChunk(int most)
-    {
-        Chunk? next = _free.Count > 0 ? _free[^1] : _count < most ? new Chunk() : null;
-        if (next is null)
-        {
-            return false;
-        }
-
-        _count += _free.Count > 0 ? 0 : 1;
-        _free.Remove(next);
-        _full.Enqueue(_current);
-        _current = next;
-        Monitor.Pulse(_full);
-        return true;
-    }
-
-    private void Wake()
-    {
-        if (_isWaiting)
-        {
-            _isWaiting = false;
-            Monitor.Pulse(_full);
+            Monitor.Pulse(_gate);
+            return (_room ??= new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)).Task;
         }
     }
 
     private void Fail(string reason)
     {
-        lock (_full)
+        lock (_gate)
         {
             if (!_isOver)
             {
@@ -5214,20 +5155,21 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             }
 
             _room?.TrySetResult();
+            Monitor.Pulse(_gate);
         }
     }
 
-    // ---- the writer
+    // ---- the writer of a capture
 
     private void Run()
     {
+        byte[] bytes = new byte[Size];
         try
         {
-            Put(Packet.Head());
-            while (Take() is { } chunk)
+            Put(CaptureTap.FileHead());
+            while (Take(ref bytes) is int length and > 0)
             {
-                Write(chunk.Bytes.AsSpan(0, chunk.Length));
-                Free(chunk);
+                Write(bytes.AsSpan(0, length));
             }
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
@@ -5238,349 +5180,268 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         _file?.Dispose();
     }
 
-    /// <summary>A full chunk, or what has come some time after its first packet. Null at the end.</summary>
-    private Chunk? Take()
+    /// <summary>Changes the buffers some time after the first packet, or when there is no room for one. 0 at the end.</summary>
+    private int Take(ref byte[] empty)
     {
-        lock (_full)
+        lock (_gate)
         {
-            while (_full.Count == 0 && _current.Length == 0 && !_isClosing)
+            while (_length == 0 && !_isOver)
             {
-                _isWaiting = true;
-                Monitor.Wait(_full);
+                Monitor.Wait(_gate);
             }
 
-            if (_full.Count == 0 && !_isClosing)
+            if (_room is null && !_isOver)
             {
-                Monitor.Wait(_full, Gather);
+                Monitor.Wait(_gate, Gather);
             }
 
-            if (_full.Count == 0 && _current.Length > 0)
-            {
-                _ = TryNextChunk(int.MaxValue);
-            }
-
-            return _full.Count > 0 ? _full.Dequeue() : null;
-        }
-    }
-
-    private void Free(Chunk chunk)
-    {
-        lock (_full)
-        {
-            chunk.Length = 0;
-            if (_count > Chunks)
-            {
-                _count--;
-            }
-            else
-            {
-                _free.Add(chunk);
-            }
-
+            int length = _length;
+            (_buffer, empty, _length) = (empty, _buffer, 0);
             _room?.TrySetResult();
             _room = null;
+            return length;
         }
     }
 
+    /// <summary>As many blocks to a file as it may have, but one at least; the others to the next.</summary>
     private void Write(ReadOnlySpan<byte> blocks)
     {
         while (blocks.Length > 0)
         {
-            long room = _file is null || settings.Rotate == 0 ? blocks.Length : settings.Rotate - _size;
-            int fit = Packet.WholeBlocks(blocks, room);
-            if (fit == 0)
-            {
-                _file!.Dispose();
-                _file = Create($"{File}{Text.Of(++_files)}");
-                _size = 0;
-                Put(Packet.Head());
-                fit = Packet.WholeBlocks(blocks, Math.Max(settings.Rotate - _size, Packet.LargestBlock));
-            }
-
+            bool isFresh = _size == CaptureTap.FileHead().Length;
+            bool isBound = settings.Rotate > 0 && _file is not null;
+            int fit = isBound ? WholeBlocks(blocks, settings.Rotate - _size) : blocks.Length;
+            fit = fit == 0 && isFresh ? BinaryPrimitives.ReadInt32LittleEndian(blocks[4..]) : fit;
             Put(blocks[..fit]);
             blocks = blocks[fit..];
+            if (blocks.Length > 0)
+            {
+                _file!.Dispose();
+                (_file, _size) = (Create($"{File}{Text.Of(++_files)}"), 0);
+                Put(CaptureTap.FileHead());
+            }
         }
     }
 
     private void Put(ReadOnlySpan<byte> blocks)
     {
+        Volatile.Write(ref _isWriting, true);
         try
         {
             for (int i = 0; i < blocks.Length; i += Slice)
             {
                 ReadOnlySpan<byte> slice = blocks[i..Math.Min(blocks.Length, i + Slice)];
-                if (_file is not null)
-                {
-                    _file.Write(slice);
-                }
-                else if (!StandardStream.TryWrite(StandardStream.Output, slice))
+                _file?.Write(slice);
+                if (_file is null && !StandardStream.TryWrite(StandardStream.Output, slice))
                 {
                     throw new IOException("nobody reads it");
                 }
 
-                Interlocked.Add(ref _written, slice.Length);
+                Volatile.Write(ref _written, _written + slice.Length);
             }
         }
         catch (IOException) when (_file is { CanSeek: true })
         {
-            _file.SetLength(_size + Packet.WholeBlocks(blocks, _file.Length - _size)); // what is there can be read
+            _file.SetLength(_size + WholeBlocks(blocks, _file.Length - _size)); // a full disk: what is there stays legible
             throw;
         }
 
+        Volatile.Write(ref _isWriting, false);
         _size += blocks.Length;
     }
 
-    private static FileStream Create(string file) => new(file, FileMode.Create, FileAccess.Write, FileShare.Read | FileShare.Delete, 0);
-}
-
-/// <summary>What one side of a captured connection sends.</summary>
-internal sealed class CaptureTap : Tap
-{
-    private const int EchoPort = 7; // RFC 862
-    private const int DiscardPort = 9; // RFC 863
-    private const int UnixPort = 1;
-
-    private readonly Capture _capture;
-    private readonly Conversation _conversation;
-    private readonly CancellationToken _ending;
-    private readonly bool _isUp;
-    private bool _hasEnded;
-
-    // under the capture's lock
-    private uint _acknowledged; // by the peer
-    private bool _hasFinished;
-
-    internal CaptureTap(Capture capture, Conversation conversation, bool isUp)
-    {
-        (_capture, _conversation, _isUp) = (capture, conversation, isUp);
-        TapLine line = conversation.LineOf(isUp);
-        line.Add(this);
-        _ending = line.Ending;
-        EndPoint? place = isUp ? conversation.Client : conversation.Server;
-        IPEndPoint ip = place as IPEndPoint ?? new IPEndPoint( // a stand-in of 192.0.2.0/24: TEST-NET-1, RFC 5737
-            new IPAddress([192, 0, 2, (byte)(isUp ? 1 : 2)]),
-            isUp ? capture.NextPort() : place is not null ? UnixPort : conversation.IsEcho ? EchoPort : DiscardPort);
-        (Address, Port) = (ip.Address.MapToIPv6().GetAddressBytes(), ip.Port);
-        IsV4 = ip.Address.AddressFamily == AddressFamily.InterNetwork || ip.Address.IsIPv4MappedToIPv6;
-        Sequence = (uint)(capture.Now() / 4000) + (isUp ? 0 : 1u << 31); // RFC 9293, 3.4.1: a clock of 4 us
-    }
-
-    internal CaptureTap Peer { get; private set; } = null!;
-    internal byte[] Address { get; private set; } // of IPv6; for a connection of IPv4 alone, of IPv4
-    internal int Port { get; }
-    internal bool IsV4 { get; private set; }
-    internal uint Sequence { get; private set; } // of the next byte
-
-    /// <summary>What the peer has sent is not acknowledged yet.</summary>
-    internal bool HasNews => Peer._acknowledged != Peer.Sequence;
-
-    /// <summary>For the client's side: it connects. The packets of a connection are of IPv4 if both ends are, else of IPv6.</summary>
-    internal void Begin(CaptureTap server)
-    {
-        (Peer, server.Peer) = (server, this);
-        IsV4 = server.IsV4 &= IsV4;
-        (Address, server.Address) = IsV4 ? ([.. Address.AsSpan(12)], [.. server.Address.AsSpan(12)]) : (Address, server.Address);
-        _ = _capture.TryAdd(this, Packet.Syn, mustFit: true) && _capture.TryAdd(server, Packet.Syn | Packet.Ack, mustFit: true)
-            && _capture.TryAdd(this, Packet.Ack, mustFit: true);
-    }
-
-    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
-    {
-        int most = Packet.LargestPayload(IsV4);
-        for (int i = 0; i < bytes.Length; i += most)
-        {
-            bool isLast = bytes.Length - i <= most;
-            while (!_capture.TryAdd(
-                this, isLast ? Packet.Push | Packet.Ack : Packet.Ack, bytes.Span[i..Math.Min(i + most, bytes.Length)]))
-            {
-                await _capture.RoomAsync(_ending);
-            }
-        }
-
-        await Next.WriteAsync(bytes);
-        _capture.TryAdd(Peer, Packet.Ack);
-    }
-
-    internal override async ValueTask FinishAsync()
-    {
-        while (!_capture.TryAdd(this, Packet.Fin | Packet.Ack))
-        {
-            await _capture.RoomAsync(_ending);
-        }
-
-        await Next.FinishAsync();
-        _capture.TryAdd(Peer, Packet.Ack);
-    }
-
-    /// <summary>Called for each side; the first call speaks for both.</summary>
-    internal override void End(bool isOrderly)
-    {
-        if (_hasEnded)
-        {
-            return;
-        }
-
-        _hasEnded = Peer._hasEnded = true;
-        foreach (CaptureTap side in (CaptureTap[])[this, Peer])
-        {
-            if (isOrderly && !side._hasFinished)
-            {
-                _capture.TryAdd(side, Packet.Fin | Packet.Ack, mustFit: true);
-                _capture.TryAdd(side.Peer, Packet.Ack, mustFit: true);
-            }
-            else if (!isOrderly && !_conversation.Code.StartsWith(side._isUp ? 'S' : 'C'))
-            {
-                _capture.TryAdd(side, Packet.Reset | Packet.Ack, mustFit: true);
-            }
-        }
-    }
-
-    /// <summary>A packet of it is in the capture.</summary>
-    internal void Sent(int flags, int length)
-    {
-        Sequence += (uint)length + ((flags & (Packet.Syn | Packet.Fin)) != 0 ? 1u : 0);
-        Peer._acknowledged = Peer.Sequence;
-        _hasFinished |= (flags & Packet.Fin) != 0;
-    }
-}
-
-/// <summary>Packets as blocks of a pcapng file (draft-ietf-opsawg-pcapng), which begin with IPv4 (RFC 791) or IPv6 (RFC 8200),
-/// then TCP (RFC 9293).</summary>
-internal static class Packet
-{
-    internal const int Fin = 1;
-    internal const int Syn = 2;
-    internal const int Reset = 4;
-    internal const int Push = 8;
-    internal const int Ack = 16;
-    internal const int LargestBlock = BlockHead + 65536 + BlockTail; // its packet is of 65535 bytes, and padded
-
-    private const int BlockHead = 28;
-    private const int BlockTail = 4;
-    private const int RawPackets = 101; // LINKTYPE_RAW
-    private const int Tcp = 6; // protocol number
-    private const int TcpHead = 20;
-    private const int SynOptions = 8;
-    private const int WindowScale = 14; // the largest, RFC 7323, 2.3: a window of 1 GB, which a capture's connection never fills
-
-    internal static int LargestPayload(bool isV4) => ushort.MaxValue - IpHead(isV4) - TcpHead;
-
-    /// <summary>The length of the block of a packet.</summary>
-    internal static int Block(CaptureTap from, int flags, int payload) =>
-        BlockHead + ((Heads(from.IsV4, flags) + payload + 3) & ~3) + BlockTail;
-
-    /// <summary>Of the blocks that <paramref name="bytes"/> begin with, those that fit into so many, in bytes.</summary>
-    internal static int WholeBlocks(ReadOnlySpan<byte> bytes, long room)
+    /// <summary>How many bytes of the first of <paramref name="blocks"/> fit into <paramref name="room"/>.</summary>
+    private static int WholeBlocks(ReadOnlySpan<byte> blocks, long room)
     {
         int whole = 0;
-        while (whole < bytes.Length)
+        while (whole < blocks.Length
+            && whole + BinaryPrimitives.ReadInt32LittleEndian(blocks[(whole + 4)..]) is int next && next <= room)
         {
-            int next = whole + BinaryPrimitives.ReadInt32LittleEndian(bytes[(whole + 4)..]);
-            if (next > room)
-            {
-                break;
-            }
-
             whole = next;
         }
 
         return whole;
     }
 
-    /// <summary>What a file begins with: a section header and the description of its one interface.</summary>
-    internal static byte[] Head()
-    {
-        byte[] name = Encoding.ASCII.GetBytes("tcpproxy");
-        byte[] bytes =
-        [
-            .. Word(0x0A0D0D0A), .. Word(44), .. Word(0x1A2B3C4D), .. Word(1), .. Word(-1), .. Word(-1), // version 1.0, any length
-            4, 0, 8, 0, .. name, .. Word(0), // shb_userappl
-            .. Word(44),
-            .. Word(1), .. Word(44), .. Word(RawPackets), .. Word(0),
-            2, 0, 8, 0, .. name, 9, 0, 1, 0, 9, 0, 0, 0, .. Word(0), // if_name; if_tsresol: 10^-9 s
-            .. Word(44),
-        ];
-        return bytes;
+    private static FileStream Create(string file) =>
+        new(file, FileMode.Create, FileAccess.Write, FileShare.Read | FileShare.Delete, 0);
+}
 
-        static byte[] Word(int value)
+/// <summary>One side of a captured connection, and the packets that it sends: IPv4 (RFC 791) if both sides have it, else IPv6
+/// (RFC 8200) with IPv4 mapped into it, then TCP (RFC 9293).</summary>
+internal sealed class CaptureTap : Tap
+{
+    internal const int Fin = 1;
+    internal const int Syn = 2;
+    internal const int Reset = 4;
+    internal const int Push = 8;
+    internal const int Ack = 16;
+
+    private const byte Tcp = 6; // protocol number
+    private const int TcpHead = 20; // bytes
+    private const int BlockHead = 28; // of pcapng's enhanced packet block
+    private const int WindowScale = 14; // the largest (RFC 7323, 2.3): a window of 1 GB, which never fills
+
+    private readonly Capture _capture;
+    private readonly Conversation _conversation;
+    private readonly bool _isUp;
+    private readonly byte[] _head; // of IP and TCP, without what differs from packet to packet
+    private readonly int _ip; // bytes of it
+    private readonly ulong _sum; // of the pseudo-header, but for the length
+    private CaptureTap _peer = null!;
+    private bool _hasEnded;
+
+    // under the capture's gate
+    private uint _sequence; // number of the next byte
+    private uint _acknowledged; // by the peer
+    private bool _hasFinished;
+
+    internal CaptureTap(Capture capture, Conversation conversation, bool isUp, byte[] head)
+    {
+        (_capture, _conversation, _isUp, _head, _ip) = (capture, conversation, isUp, head, head.Length - TcpHead);
+        _sum = InternetChecksum.Sum(head.AsSpan(_ip == 20 ? 12.._ip : 8.._ip)) + InternetChecksum.Number(Tcp);
+        _sequence = (uint)(Environment.TickCount64 * 250) + (isUp ? 0 : 1u << 31); // a clock of 4 us: RFC 9293, 3.4.1
+        conversation.LineOf(isUp).Add(this);
+    }
+
+    /// <summary>What the peer has sent is not acknowledged yet.</summary>
+    internal bool HasNews => _peer._acknowledged != _peer._sequence;
+
+    private int MostPayload => ushort.MaxValue - _head.Length;
+
+    /// <summary>Both sides; the client connects. Who has no IP address gets one of TEST-NET-1 (RFC 5737).</summary>
+    internal static void AddTo(Conversation conversation, Capture capture, int standIn)
+    {
+        const int UnixPort = 1;
+        const int EchoPort = 7; // RFC 862
+        const int DiscardPort = 9; // RFC 863
+        IPEndPoint client = conversation.Client as IPEndPoint ?? new(new IPAddress([192, 0, 2, 1]), 1024 + (standIn & 0x7fff));
+        IPEndPoint server = conversation.Server as IPEndPoint ?? new(new IPAddress([192, 0, 2, 2]),
+            conversation.Server is not null ? UnixPort : conversation.IsEcho ? EchoPort : DiscardPort);
+        bool isV4 = IsV4(client.Address) && IsV4(server.Address);
+        CaptureTap up = new(capture, conversation, isUp: true, Head(client, server, isV4));
+        CaptureTap down = new(capture, conversation, isUp: false, Head(server, client, isV4));
+        (up._peer, down._peer) = (down, up);
+        byte[] options = [2, 4, (byte)(up.MostPayload >> 8), (byte)up.MostPayload, 1, 3, 3, WindowScale]; // the first is MSS
+        capture.TryAdd(up, Syn, options, mustFit: true);
+        capture.TryAdd(down, Syn | Ack, options, mustFit: true);
+        capture.TryAdd(up, Ack, mustFit: true);
+
+        static bool IsV4(IPAddress address) => address.AddressFamily == AddressFamily.InterNetwork || address.IsIPv4MappedToIPv6;
+    }
+
+    internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+    {
+        for (int i = 0; i < bytes.Length; i += MostPayload)
         {
-            byte[] word = new byte[4];
-            BinaryPrimitives.WriteInt32LittleEndian(word, value);
-            return word;
+            int next = Math.Min(i + MostPayload, bytes.Length);
+            while (!_capture.TryAdd(this, next < bytes.Length ? Ack : Push | Ack, bytes.Span[i..next]))
+            {
+                await _capture.RoomAsync();
+            }
+        }
+
+        await Next.WriteAsync(bytes);
+        _capture.TryAdd(_peer, Ack);
+    }
+
+    internal override async ValueTask FinishAsync()
+    {
+        _capture.TryAdd(this, Fin | Ack, mustFit: true);
+        await Next.FinishAsync();
+        _capture.TryAdd(_peer, Ack);
+    }
+
+    /// <summary>Called for each side; the first call speaks for both.</summary>
+    internal override void End(bool isOrderly)
+    {
+        foreach (CaptureTap side in _hasEnded ? [] : (CaptureTap[])[this, _peer])
+        {
+            side._hasEnded = true;
+            if (isOrderly && !side._hasFinished)
+            {
+                _capture.TryAdd(side, Fin | Ack, mustFit: true);
+                _capture.TryAdd(side._peer, Ack, mustFit: true);
+            }
+            else if (!isOrderly && !_conversation.Code.StartsWith(side._isUp ? 'S' : 'C'))
+            {
+                _capture.TryAdd(side, Reset | Ack, mustFit: true);
+            }
         }
     }
 
-    /// <summary>Fills <paramref name="block"/> and counts the packet as sent.</summary>
-    internal static void Write(Span<byte> block, long time, CaptureTap from, int flags, ReadOnlySpan<byte> payload)
-    {
-        int ip = IpHead(from.IsV4);
-        int head = Heads(from.IsV4, flags);
-        int length = head + payload.Length;
-        block[..(BlockHead + head)].Clear();
-        block[^8..].Clear(); // the padding
-        BinaryPrimitives.WriteInt32LittleEndian(block, 6); // enhanced packet block
-        BinaryPrimitives.WriteInt32LittleEndian(block[4..], block.Length);
-        BinaryPrimitives.WriteUInt32LittleEndian(block[12..], (uint)(time >> 32));
-        BinaryPrimitives.WriteUInt32LittleEndian(block[16..], (uint)time);
-        BinaryPrimitives.WriteInt32LittleEndian(block[20..], length); // captured
-        BinaryPrimitives.WriteInt32LittleEndian(block[24..], length); // of the packet
-        BinaryPrimitives.WriteInt32LittleEndian(block[^4..], block.Length);
-        Span<byte> packet = block.Slice(BlockHead, length);
-        payload.CopyTo(packet[head..]);
-        WriteIp(packet, from);
-        WriteTcp(packet[ip..], from, flags, head - ip);
-        ulong sum = Sum(from.Address, Sum(from.Peer.Address, Network(Tcp) + Network(length - ip))); // of the pseudo-header
-        MemoryMarshal.Write(packet[(ip + 16)..], Fold(Sum(packet[ip..], sum)));
-        from.Sent(flags, payload.Length);
-    }
+    // ---- packets
 
-    private static void WriteIp(Span<byte> packet, CaptureTap from)
+    /// <summary>What a file begins with: a section header, and the one interface, which is of LINKTYPE_RAW (101). All of it in
+    /// the machine's order of bytes (draft-ietf-opsawg-pcapng).</summary>
+    internal static ReadOnlySpan<byte> FileHead() => MemoryMarshal.AsBytes((ReadOnlySpan<uint>)
+    [
+        0x0A0D0D0A, 44, 0x1A2B3C4D, 1, ~0u, ~0u, 4 | (8 << 16), 0x70706374, 0x79786f72, 0, 44, // shb_userappl: tcpproxy
+        1, 44, 101, 0, 2 | (8 << 16), 0x70706374, 0x79786f72, 9 | (1 << 16), 9, 0, 44, // if_name: tcpproxy; if_tsresol: 10^-9 s
+    ]);
+
+    internal int BlockLength(int payload) => BlockHead + ((_head.Length + payload + 3) & ~3) + 4;
+
+    /// <summary>Fills <paramref name="block"/>. The options of a SYN stand where other packets have bytes.</summary>
+    internal void Write(Span<byte> block, long time, int flags, ReadOnlySpan<byte> bytes)
     {
-        const int Hops = 64;
-        if (from.IsV4)
+        bool isSyn = (flags & Syn) != 0;
+        int length = _head.Length + bytes.Length;
+        Span<uint> words = MemoryMarshal.Cast<byte, uint>(block);
+        (words[0], words[1], words[2], words[3], words[4]) = (6, (uint)block.Length, 0, (uint)(time >> 32), (uint)time);
+        (words[5], words[6], words[^2], words[^1]) = ((uint)length, (uint)length, 0, (uint)block.Length);
+        Span<byte> packet = block.Slice(BlockHead, length);
+        _head.CopyTo(packet);
+        bytes.CopyTo(packet[_head.Length..]);
+        Span<byte> segment = packet[_ip..];
+        BinaryPrimitives.WriteUInt32BigEndian(segment[4..], _sequence);
+        BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? _peer._sequence : 0);
+        (segment[12], segment[13]) = ((byte)((isSyn ? TcpHead + bytes.Length : TcpHead) << 2), (byte)flags);
+        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment, _sum + InternetChecksum.Number(segment.Length)));
+        if (packet[0] == 0x45)
         {
-            packet[0] = 0x45;
-            BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)packet.Length);
-            packet[6] = 0x40; // do not fragment; so the identification may be 0 (RFC 6864, 4.1)
-            (packet[8], packet[9]) = (Hops, Tcp);
-            from.Address.CopyTo(packet[12..]);
-            from.Peer.Address.CopyTo(packet[16..]);
-            MemoryMarshal.Write(packet[10..], Fold(Sum(packet[..IpHead(true)], 0)));
+            BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)length);
+            MemoryMarshal.Write(packet[10..], InternetChecksum.Of(packet[.._ip]));
         }
         else
         {
-            packet[0] = 0x60;
-            BinaryPrimitives.WriteUInt16BigEndian(packet[4..], (ushort)(packet.Length - IpHead(false)));
-            (packet[6], packet[7]) = (Tcp, Hops);
-            from.Address.CopyTo(packet[8..]);
-            from.Peer.Address.CopyTo(packet[24..]);
+            BinaryPrimitives.WriteUInt16BigEndian(packet[4..], (ushort)(length - _ip));
         }
+
+        _sequence += (isSyn ? 0 : (uint)bytes.Length) + ((flags & (Syn | Fin)) != 0 ? 1u : 0);
+        _peer._acknowledged = (flags & Ack) != 0 ? _peer._sequence : _peer._acknowledged;
+        _hasFinished |= (flags & Fin) != 0;
     }
 
-    private static void WriteTcp(Span<byte> segment, CaptureTap from, int flags, int head)
+    private static byte[] Head(IPEndPoint from, IPEndPoint to, bool isV4)
     {
-        BinaryPrimitives.WriteUInt16BigEndian(segment, (ushort)from.Port);
-        BinaryPrimitives.WriteUInt16BigEndian(segment[2..], (ushort)from.Peer.Port);
-        BinaryPrimitives.WriteUInt32BigEndian(segment[4..], from.Sequence);
-        BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? from.Peer.Sequence : 0);
-        (segment[12], segment[13]) = ((byte)(head << 2), (byte)flags);
-        BinaryPrimitives.WriteUInt16BigEndian(segment[14..], ushort.MaxValue);
-        if ((flags & Syn) != 0)
+        const byte Hops = 64;
+        byte[] addresses = [.. Bytes(from.Address), .. Bytes(to.Address)];
+        byte[] tcp = [(byte)(from.Port >> 8), (byte)from.Port, (byte)(to.Port >> 8), (byte)to.Port, .. new byte[TcpHead - 4]];
+        (tcp[14], tcp[15]) = (byte.MaxValue, byte.MaxValue); // the window
+        return isV4 ? [0x45, 0, 0, 0, 0, 0, 0x40, 0, Hops, Tcp, 0, 0, .. addresses, .. tcp] // do not fragment
+            : [0x60, 0, 0, 0, 0, 0, Tcp, Hops, .. addresses, .. tcp];
+
+        byte[] Bytes(IPAddress address) => (isV4 ? address.MapToIPv4() : address.MapToIPv6()).GetAddressBytes();
+    }
+}
+
+/// <summary>Of IP and TCP (RFC 1071), computed in the machine's order of bytes, whichever that is (2B).</summary>
+internal static class InternetChecksum
+{
+    internal static ushort Of(ReadOnlySpan<byte> bytes, ulong sum = 0)
+    {
+        sum += Sum(bytes);
+        while (sum > ushort.MaxValue)
         {
-            (segment[20], segment[21]) = (2, 4); // maximum segment size
-            BinaryPrimitives.WriteUInt16BigEndian(segment[22..], (ushort)LargestPayload(from.IsV4));
-            (segment[24], segment[25], segment[26], segment[27]) = (1, 3, 3, WindowScale); // after one byte of nothing
+            sum = (sum & ushort.MaxValue) + (sum >> 16);
         }
+
+        return (ushort)~sum;
     }
 
-    private static int IpHead(bool isV4) => isV4 ? 20 : 40;
-
-    private static int Heads(bool isV4, int flags) => IpHead(isV4) + TcpHead + ((flags & Syn) != 0 ? SynOptions : 0);
-
-    private static ulong Network(int number) => (ushort)IPAddress.HostToNetworkOrder((short)number);
-
-    /// <summary>The sum of RFC 1071, in whatever order of bytes the machine has (2B), not folded yet.</summary>
-    internal static ulong Sum(ReadOnlySpan<byte> bytes, ulong sum)
+    /// <summary>Of words of 32 bits, which fold into words of 16.</summary>
+    internal static ulong Sum(ReadOnlySpan<byte> bytes)
     {
         ReadOnlySpan<Vector<uint>> vectors = MemoryMarshal.Cast<byte, Vector<uint>>(bytes);
         Vector<ulong> sums = Vector<ulong>.Zero;
@@ -5590,26 +5451,19 @@ internal static class Packet
             sums += low + high;
         }
 
-        sum += Vector.Sum(sums);
-        foreach (uint word in MemoryMarshal.Cast<byte, uint>(bytes[(vectors.Length * Vector<byte>.Count)..]))
+        ulong sum = Vector.Sum(sums);
+        for (bytes = bytes[(vectors.Length * Vector<byte>.Count)..]; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
         {
+            uint word = 0;
+            bytes[..Math.Min(4, bytes.Length)].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref word)));
             sum += word;
         }
 
-        uint rest = 0;
-        bytes[(bytes.Length & ~3)..].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref rest)));
-        return sum + rest;
+        return sum;
     }
 
-    internal static ushort Fold(ulong sum)
-    {
-        while (sum > ushort.MaxValue)
-        {
-            sum = (sum & ushort.MaxValue) + (sum >> 16);
-        }
-
-        return (ushort)~sum;
-    }
+    /// <summary>A number of 16 bits as it stands in a packet.</summary>
+    internal static ulong Number(int number) => (ushort)IPAddress.HostToNetworkOrder((short)number);
 }
 
 // ---- replace and block
@@ -5760,7 +5614,7 @@ internal sealed class Matcher
 }
 
 /// <summary>Replaces what its rules find, or ends the connection. What may become a match at the end of a read is held for
-/// as long as <paramref name="patience"/> (ms); then it is decided without what comes later.</summary>
+/// as long as <paramref name="patience"/> (ms); then it goes on, and is no part of a replacement any more.</summary>
 #pragma warning disable CA1001 // a semaphore without a wait handle holds nothing to dispose of
 internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience = 100) : Tap
 #pragma warning restore CA1001
@@ -5770,6 +5624,7 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
     private readonly SemaphoreSlim _turn = new(1); // of the pump, or of the timer
     private Timer? _timer; // owned; disposed by End
     private MatchNode _node = matcher.Root; // where the bytes that are held wait
+    private int _passed; // of them: blocking looks on for the rest of a match whose beginning has waited too long
     private long _offset; // of the first of them in the direction
     private long _due; // ms: when they go on
     private byte[] _output = []; // rented while there is something in it
@@ -5797,6 +5652,13 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
             if (isTimer && held.Length > 0 && _due - Environment.TickCount64 is long left and > 0)
             {
                 _timer!.Change(left, Timeout.Infinite); // more has come meanwhile
+                return;
+            }
+
+            if (isTimer && rules[0].Replacement is null && _node.Found < 0)
+            {
+                await Next.WriteAsync(held[_passed..]);
+                _passed = held.Length;
                 return;
             }
 
@@ -5831,19 +5693,21 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
 
     private async ValueTask ReplaceAsync(ReadOnlyMemory<byte> bytes, int at, bool isLast)
     {
-        int done = 0;
+        int done = _passed;
         while (matcher.Find(bytes.Span, isLast, ref at, ref _node, out int start, out int pattern))
         {
             byte[]? replacement = rules[pattern].Replacement;
-            await AddAsync(bytes[done..start], isFlush: replacement is null);
+            await AddAsync(bytes[done..Math.Max(done, start)], isFlush: replacement is null);
             await AddAsync(replacement ?? throw new TapException(
                 "PD", $"blocked by '{rules[pattern].Text}' at byte {_offset + start}"));
             done = at;
         }
 
         _node = isLast ? matcher.Root : _node;
-        ReadOnlyMemory<byte> rest = bytes[done..^_node.Held.Length];
-        _offset += done + rest.Length;
+        int end = bytes.Length - _node.Held.Length;
+        ReadOnlyMemory<byte> rest = bytes[done..Math.Max(done, end)];
+        _passed = done + rest.Length - end;
+        _offset += end;
         await (_filled > 0 ? AddAsync(rest, isFlush: true) : rest.Length > 0 ? Next.WriteAsync(rest) : default);
     }
 

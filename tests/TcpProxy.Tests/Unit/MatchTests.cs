@@ -133,6 +133,22 @@ public sealed class MatchTests
     }
 
     [Fact(Timeout = 20_000)]
+    public async Task Who_pauses_in_the_middle_of_what_is_blocked_does_not_get_the_rest_past()
+    {
+        Sink sink = new();
+        MatchTap tap = New([new MatchRule("abcab!", "abcab!", null)], sink, patience: 20);
+        await tap.WriteAsync("xabc"u8.ToArray());
+        await Wait.Until(() => Text(sink) == "xabc", "what is held goes on");
+        await tap.WriteAsync("ab"u8.ToArray());
+        await Wait.Until(() => Text(sink) == "xabcab", "what is held goes on");
+        await tap.WriteAsync("cab"u8.ToArray());
+        await Wait.Until(() => Text(sink) == "xabcabcab", "what is held goes on");
+        TapException error = await Assert.ThrowsAsync<TapException>(async () => await tap.WriteAsync("!z"u8.ToArray()));
+        Assert.Equal("blocked by 'abcab!' at byte 4", error.Message);
+        Assert.Equal("xabcabcab", Text(sink));
+    }
+
+    [Fact(Timeout = 20_000)]
     public async Task A_timer_that_comes_late_gives_new_bytes_their_own_time()
     {
         Sink sink = new() { Gate = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously) };

@@ -1,0 +1,350 @@
+using System;
+using System.Collections.Generic;
+using System.Diagnostics;
+using System.IO;
+using System.Linq;
+using System.Net;
+using System.Net.Sockets;
+using System.Text;
+using System.Threading.Tasks;
+using Xunit;
+
+namespace TcpProxy.Tests;
+
+/// <summary>--pcap: what wireshark's own reader makes of it, and what becomes of connections when it fails.</summary>
+public sealed class CaptureTests : EndToEndTest
+{
+    private const int BlockOfPacket = 6;
+
+    /// <summary>What tshark may remark on a connection that is as it should be.</summary>
+    private static readonly string[] Harmless =
+    [
+        "Connection establish request (SYN)", "Connection establish acknowledge (SYN+ACK)", "Connection finish (FIN)",
+        "Connection reset (RST)", "This frame initiates the connection closing", "This frame undergoes the connection closing",
+    ];
+
+    private enum Ending
+    {
+        ClientFirst, // sends all and FIN, then the server does
+        ServerFirst,
+        ClientResets,
+        ServerResets,
+        ProxyResets, // it is silent for too long
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task Fifty_random_conversations_are_followed_by_tshark_byte_by_byte_without_a_remark()
+    {
+        string tshark = Tool.Need("tshark", "tshark");
+        int seed = Random.Shared.Next();
+        TestContext.Current.TestOutputHelper?.WriteLine($"seed {seed}");
+        Random random = new(seed);
+        Upstream v4 = Given.Server();
+        Upstream v6 = Given.Server(new IPEndPoint(IPAddress.IPv6Loopback, 0));
+        Upstream unix = Given.Server(new UnixDomainSocketEndPoint(Given.Path("server")));
+        string file = Given.Path("capture.pcapng");
+        string listen = $"unix:{Given.Path("client")}";
+        (string Listen, Upstream Server)[] routes =
+            [("127.0.0.1:0", v4), ("[::1]:0", v6), ("127.0.0.1:0", v6), ("[::1]:0", v4), (listen, v4), ("[::1]:0", unix)];
+        ProxyProcess proxy = await Given.Proxy(
+            ["--idle-timeout", "2s", .. routes.SelectMany(r => new[] { "-l", r.Listen, "-u", r.Server.Address, "--pcap", file })]);
+
+        List<Conversed> all = [];
+        for (int i = 0; i < 50; i++)
+        {
+            int route = i % routes.Length;
+            bool hasReset = (i % 5) switch // which unix sockets have not
+            {
+                (int)Ending.ClientResets => route != 4,
+                (int)Ending.ServerResets => route != 5,
+                _ => true,
+            };
+            Ending ending = hasReset ? (Ending)(i % 5) : Ending.ClientFirst;
+            all.Add(await Converse(proxy, route, routes[route].Server, ending, random, i));
+        }
+
+        await Task.WhenAll(all.Select(one => one.Done));
+        await proxy.LinesOf("connection", all.Count);
+        await proxy.Stop();
+
+        // in two runs, since tshark is slow to start: each packet with what tshark thinks of it, and the streams
+        string[] checks = ["-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE", "-d", "tcp.port==1-65535,data"];
+        string[] fields =
+        [
+            "tcp.stream", "ip.src", "ipv6.src", "tcp.srcport", "tcp.flags", "ip.checksum.status", "tcp.checksum.status",
+            "frame.time_epoch", "_ws.expert.message", "_ws.malformed",
+        ];
+        string table = (await Tool.Run(
+            tshark, ["-n", "-r", file, .. checks, "-T", "fields", "-E", "separator=;", .. fields.SelectMany(f => new[] { "-e", f })], 120)).Good();
+        List<string[]> packets = [.. table.Split('\n', StringSplitOptions.RemoveEmptyEntries).Select(line => line.Split(';'))];
+        string lastTime = string.Empty;
+        foreach (string[] packet in packets)
+        {
+            string line = string.Join(';', packet);
+            Assert.True(packet[5] is "1" or "" && packet[6] == "1", $"wrong checksum: {line}");
+            Assert.All(packet[8].Split(',').Where(m => m.Length > 0), remark => Assert.Contains(
+                Harmless, harmless => remark.StartsWith(harmless, StringComparison.Ordinal)));
+            Assert.True(packet[9].Length == 0, $"malformed: {line}");
+            Assert.True(string.CompareOrdinal(packet[7], lastTime) >= 0, $"back in time: {line}");
+            lastTime = packet[7];
+        }
+
+        string followed = (await Tool.Run(
+            tshark, ["-n", "-q", "-r", file, .. checks, .. Enumerable.Range(0, all.Count).SelectMany(i => new[] { "-z", $"follow,tcp,raw,{i}" })], 120)).Good();
+        string[] streams = followed.Split("Follow: tcp,raw")[1..];
+        Assert.Equal(all.Count, streams.Length);
+        foreach (Conversed one in all)
+        {
+            string stream = Assert.Single(
+                streams, text => text.Contains($"Node 0: {one.Client}\nNode 1: {one.Server}\n", StringComparison.Ordinal));
+            string[] lines = stream.Split('\n');
+            string number = lines.First(l => l.StartsWith("Filter", StringComparison.Ordinal)).Split(' ')[^1];
+            List<string> hex = [.. lines.Where(l => l.Length > 0 && l.TrimStart('\t').All(char.IsAsciiHexDigit))];
+            Assert.Equal(one.Up, Bytes(hex.Where(l => l[0] != '\t')));
+            Assert.Equal(one.Down, Bytes(hex.Where(l => l[0] == '\t').Select(l => l[1..])));
+            List<string[]> own = packets.FindAll(p => p[0] == number);
+            string[] ends = [.. own.Select(p => (Flags: Convert.ToInt32(p[4], 16) & 5, IsUp: p[3] == one.Port))
+                .Where(p => p.Flags != 0).Select(p => (p.IsUp ? "client " : "server ") + (p.Flags == 1 ? "FIN" : "RST"))];
+            Assert.Equal(one.Ending switch
+            {
+                Ending.ClientFirst => ["client FIN", "server FIN"],
+                Ending.ServerFirst => ["server FIN", "client FIN"],
+                Ending.ClientResets => ["client RST"],
+                Ending.ServerResets => ["server RST"],
+                _ => new[] { "client RST", "server RST" },
+            }, ends.Order(StringComparer.Ordinal).SequenceEqual(["client RST", "server RST"]) ? ends.Order() : ends);
+            Assert.All(own, p => Assert.Equal(one.IsV4, p[1].Length > 0));
+        }
+
+        static byte[] Bytes(IEnumerable<string> lines) => Convert.FromHexString(string.Concat(lines));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Rotated_files_are_named_as_tcpdump_does_and_each_is_whole_and_small()
+    {
+        const int Limit = 100 << 10;
+        string file = Given.Path("r");
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--pcap", file, "--pcap-rotate", "100k");
+        long sent = 0;
+        for (int i = 0; i < 20; i++)
+        {
+            Peer client = await Given.Client(proxy);
+            Pattern pattern = new(i);
+            await client.Send(pattern, 5_000 * i);
+            await client.Receive(pattern, 5_000 * i);
+            sent += 5_000 * i;
+            client.Dispose();
+        }
+
+        await proxy.LinesOf("connection", 20);
+        await proxy.Stop();
+        string[] files = Directory.GetFiles(Given.Folder, "r*");
+        List<string> names = [file, .. Enumerable.Range(1, files.Length - 1).Select(i => $"{file}{i}")];
+        Assert.Equal(names.Order(), files.Order());
+        Assert.True(files.Length > 2 * sent / Limit, $"{files.Length} files for {2 * sent} bytes");
+        Assert.All(names, name => Assert.InRange(new FileInfo(name).Length, 89, Limit));
+        Assert.Equal(2 * sent, names.Sum(name => Packets(File.ReadAllBytes(name)).Sum(Payload)));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_packet_is_on_stdout_at_once_and_connections_go_on_when_its_reader_has_left()
+    {
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("echo");
+        Peer client = await Given.Client(proxy);
+        byte[] buffer = new byte[1 << 20];
+        await client.Ask("hello");
+        int length = 0;
+        double least = double.MaxValue;
+        for (int i = 0; i < 5; i++)
+        {
+            long start = Stopwatch.GetTimestamp();
+            await client.Ask($"live{i}");
+            while (!Encoding.ASCII.GetString(buffer, 0, length).Contains($"live{i}", StringComparison.Ordinal))
+            {
+                length += await reader.ReadAsync(buffer.AsMemory(length), TestContext.Current.CancellationToken);
+            }
+
+            least = Math.Min(least, Stopwatch.GetElapsedTime(start).TotalMilliseconds);
+        }
+
+        Assert.True(least < 100, $"a packet took {least} ms to be seen");
+        await reader.DisposeAsync();
+        proxy.Tolerate("pcap");
+        await client.Ask("on");
+        LogLine line = await proxy.Line("pcap");
+        Assert.Contains("-", line["message"], StringComparison.Ordinal);
+        await client.Ask("and on");
+        client.Dispose();
+        Peer second = await Given.Client(proxy);
+        await second.Send(new Pattern(1), 5_000_000).AndReceive(second, new Pattern(1), 5_000_000);
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task A_reader_that_stops_holds_traffic_for_some_seconds_and_no_longer()
+    {
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("echo");
+        Given.Owned(reader);
+        proxy.Tolerate("pcap");
+        Peer client = await Given.Client(proxy);
+        long start = Environment.TickCount64;
+        await client.Send(new Pattern(1), 20_000_000).AndReceive(client, new Pattern(1), 20_000_000);
+        Assert.InRange(Environment.TickCount64 - start, 3_000, 20_000);
+        Assert.Contains("reader", (await proxy.Line("pcap"))["message"], StringComparison.Ordinal);
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task A_full_disk_ends_the_capture_with_one_line_and_what_is_there_can_be_read()
+    {
+        Tool.NeedRoot("a file system of its own");
+        string disk = Directory.CreateDirectory(Given.Path("disk")).FullName;
+        Outcome mounted = await Tool.Run("mount", "-t", "tmpfs", "-o", "size=1m", "none", disk);
+        Assert.SkipUnless(mounted.Status == 0, $"cannot mount here: {mounted.Err}");
+        Given.AtEnd(() => Tool.Run("umount", "-l", disk));
+        string file = Path.Combine(disk, "full.pcapng");
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--pcap", file);
+        proxy.Tolerate("pcap");
+        for (int i = 0; i < 3; i++)
+        {
+            Peer client = await Given.Client(proxy);
+            await client.Send(new Pattern(i), 5_000_000).AndReceive(client, new Pattern(i), 5_000_000);
+            client.Dispose();
+        }
+
+        LogLine line = Assert.Single(await proxy.LinesOf("pcap", 1));
+        Assert.Contains(file, line["message"], StringComparison.Ordinal);
+        Assert.Contains("space", line["message"], StringComparison.Ordinal);
+        Assert.All(await proxy.LinesOf("connection", 3), connection => Assert.Equal("--", connection.End));
+        Assert.InRange(Packets(await File.ReadAllBytesAsync(file, TestContext.Current.CancellationToken)).Count, 10, 1_000);
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task What_the_client_said_before_there_was_a_server_is_captured()
+    {
+        string file = Given.Path("c");
+        Upstream server = Given.Server();
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", server.Address, "--accept-proxy", "127.0.0.0/8", "--pcap", file);
+        Peer client = await Given.Client(proxy);
+        await client.Send("PROXY TCP4 203.0.113.9 198.51.100.2 40001 443\r\nhello");
+        Peer accepted = await server.Accept();
+        await accepted.ReceiveText("hello");
+        client.Finish();
+        accepted.Finish();
+        await proxy.Connection("203.0.113.9:40001");
+        await proxy.Stop();
+        byte[][] packets = [.. Packets(await File.ReadAllBytesAsync(file, TestContext.Current.CancellationToken))];
+        Assert.Equal([203, 0, 113, 9], packets[0][12..16]);
+        Assert.Equal("hello"u8.ToArray(), packets[3][40..]);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_file_that_cannot_be_opened_is_one_line_and_status_one()
+    {
+        Outcome outcome = await Tool.Proxy("127.0.0.1:0", "echo", "--pcap", Given.Path("nowhere/c"));
+        Assert.Equal(1, outcome.Status);
+        Assert.Matches(@"error: --pcap: cannot open \S+/nowhere/c: no such file or directory\n$", outcome.Err);
+    }
+
+    // ---- conversations
+
+    private sealed record Conversed(
+        Ending Ending, string Client, string Server, string Port, bool IsV4, byte[] Up, byte[] Down, Task Done);
+
+    private async Task<Conversed> Converse(
+        ProxyProcess proxy, int route, Upstream upstream, Ending ending, Random random, int number)
+    {
+        byte[] up = Random(), down = Random();
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream, route);
+        bool isV6 = client.Socket.RemoteEndPoint is IPEndPoint { AddressFamily: AddressFamily.InterNetworkV6 }
+            || upstream.Endpoint is IPEndPoint { AddressFamily: AddressFamily.InterNetworkV6 };
+        string client0 = client.Socket.LocalEndPoint is IPEndPoint ip ? Address(ip) : $"192.0.2.1:{1024 + number + 1}";
+        string port = client0[(client0.LastIndexOf(':') + 1)..];
+        string server0 = upstream.Endpoint is IPEndPoint at ? Address(at) : isV6 ? "[::ffff:192.0.2.2]:1" : "192.0.2.2:1";
+        return new Conversed(ending, client0, server0, port, !isV6, up, down, Run());
+
+        string Address(IPEndPoint end) => isV6 ? Mapped(end) : end.ToString();
+
+        static string Mapped(IPEndPoint end) => end.AddressFamily == AddressFamily.InterNetworkV6 ? end.ToString() : $"[::ffff:{end.Address}]:{end.Port}";
+
+        byte[] Random()
+        {
+            byte[] bytes = new byte[random.Next(4) == 0 ? random.Next(200_000) : random.Next(2_000)];
+            random.NextBytes(bytes);
+            return bytes;
+        }
+
+        async Task Run()
+        {
+            switch (ending)
+            {
+                case Ending.ClientFirst:
+                    await Half(client, server, up, true);
+                    await Half(server, client, down, true);
+                    return;
+                case Ending.ServerFirst:
+                    await Half(server, client, down, true);
+                    await Half(client, server, up, true);
+                    return;
+                default:
+                    await Task.WhenAll(Half(client, server, up, false), Half(server, client, down, false));
+                    (ending == Ending.ClientResets ? client : ending == Ending.ServerResets ? server : null)?.Reset();
+                    return;
+            }
+        }
+
+        static async Task Half(Peer from, Peer to, byte[] bytes, bool isWhole)
+        {
+            Task<byte[]> receiving = to.Receive(bytes.Length);
+            await from.Send(bytes);
+            Assert.Equal(bytes, await receiving);
+            if (isWhole)
+            {
+                from.Finish();
+                await to.ExpectEnd();
+            }
+        }
+    }
+
+    /// <summary>Its stdout is a pipe that the test reads.</summary>
+    private async Task<(ProxyProcess Proxy, FileStream Reader)> WithPipe(string upstream)
+    {
+        string pipe = Given.Path("pipe");
+        (await Tool.Run("mkfifo", pipe)).Good();
+        Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
+        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" >{pipe}"] };
+        ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", upstream, "--pcap", "-");
+        return (proxy, await opening);
+    }
+
+    // ---- reading captures
+
+    /// <summary>The packets of a file, each of whose blocks is whole and in its place.</summary>
+    private static List<byte[]> Packets(byte[] file)
+    {
+        List<byte[]> packets = [];
+        Assert.Equal([0x0A, 0x0D, 0x0D, 0x0A], file[..4]);
+        for (int i = 0, length; i < file.Length; i += length)
+        {
+            length = BitConverter.ToInt32(file, i + 4);
+            Assert.Equal(length, BitConverter.ToInt32(file, i + length - 4));
+            if (BitConverter.ToInt32(file, i) == BlockOfPacket)
+            {
+                packets.Add(file[(i + 28)..(i + 28 + BitConverter.ToInt32(file, i + 20))]);
+            }
+        }
+
+        return packets;
+    }
+
+    private static int Payload(byte[] packet) => packet.Length - 20 - ((packet[32] >> 4) * 4);
+}
+
+internal static class Both
+{
+    /// <summary>At the same time.</summary>
+    public static Task AndReceive(this Task sending, Peer peer, Pattern pattern, long length) =>
+        Task.WhenAll(sending, peer.Receive(pattern, length));
+}
