@@ -135,6 +135,7 @@ public sealed class RecordTests : EndToEndTest
         ProxyProcess proxy = await Given.Proxy(
             "--record", Given.Folder, "--drain-timeout", "100ms", "-l", "127.0.0.1:0", "-u", "discard", "-l", "127.0.0.1:0", "-u", "echo");
         await (await Given.Client(proxy, 1)).Ask("warm");
+        await Wait.Until(() => Directory.GetFiles(Given.Folder, "us_*").Sum(f => new FileInfo(f).Length) == 4, "both files of the first");
         int before = proxy.Descriptors;
         for (int i = 0; i < 20; i++)
         {
