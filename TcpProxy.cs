@@ -3790,6 +3790,11 @@ internal class Bridge : PumpOwner
     /// <summary>An error has a culprit: the source when it was received from, else the target.</summary>
     internal override void Failed(Pump pump, Exception error)
     {
+        if (error is OperationCanceledException && _reason is not null)
+        {
+            return; // a tap's wait is over because the connection is
+        }
+
         if (error is TapException { IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
@@ -4627,18 +4632,11 @@ internal sealed class TapLine
         }
     }
 
-    /// <summary>Ends the connection at that time, if it has not ended by then.</summary>
+    /// <summary>Ends the connection at that time; if it has ended before, the task is cancelled.</summary>
     internal async Task EndAtAsync(long time, TapException end)
     {
-        try
-        {
-            await UntilAsync(time);
-            Fail(end);
-        }
-        catch (OperationCanceledException)
-        {
-            // it has
-        }
+        await UntilAsync(time);
+        Fail(end);
     }
 
     /// <summary>Until the end of the connection.</summary>

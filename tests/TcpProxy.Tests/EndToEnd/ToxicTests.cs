@@ -296,6 +296,16 @@ public sealed class ToxicTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Limit_data_destroys_nothing_that_is_still_on_its_way()
+    {
+        Line line = await Toxic("limit_data bytes=3m", "downstream");
+        _ = Push(line.From, () => { });
+        _ = Push(line.To, () => { });
+        await Wait.Pause(300); // nearly all of it waits in the proxy's socket
+        Assert.Equal(3 * Mega, (await line.To.ReceiveToEnd()).Length);
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Limit_data_of_echo_and_of_what_was_read_before_there_was_a_server()
     {
         ProxyProcess echo = await Given.Proxy("127.0.0.1:0", "echo", "--toxic", "limit_data bytes=5");

@@ -1,6 +1,7 @@
 using System;
 using System.Collections.Generic;
 using System.Linq;
+using System.Net.Sockets;
 using System.Threading.Tasks;
 using Xunit;
 
@@ -98,6 +99,16 @@ public sealed class ToxicUnitTests
         List<long> around = [.. Enumerable.Range(0, 10_000).Select(_ => chance.Around(50))];
         Assert.Equal((-50, 49), (around.Min(), around.Max()));
         Assert.Equal(0, chance.Around(0));
+    }
+
+    [Fact]
+    public void Two_toxics_of_a_connection_are_drawn_apart()
+    {
+        using Socket client = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
+        ToxicSettings half = ToxicSettings.Parse("timeout stream=upstream toxicity=0.5");
+        int toxic = Enumerable.Range(1, 10_000).Count(number =>
+            new global::TcpProxy.Conversation([half, half], "", client, null, null, null, isEcho: false, 1, number).Up is not null);
+        Assert.InRange(toxic, 7_300, 7_700);
     }
 
     private static async Task<List<int>> Slices(
