@@ -6829,7 +6829,7 @@ internal static class Text
         return [.. bytes];
     }
 
-    /// <summary>Words as a shell splits them: at blanks, but not in quotes nor after a backslash (one in single quotes).</summary>
+    /// <summary>Words as a shell splits them: at blanks, but not in quotes or after a backslash (one in single quotes).</summary>
     /// <exception cref="FormatException">something is not closed</exception>
     internal static string[] Words(string text)
     {
