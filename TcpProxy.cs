@@ -399,11 +399,11 @@ internal sealed class Option(
             "The same before they pass from a server.",
             (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
         new("filter-up", '\0', "COMMAND", "modify", Scope.Route, "",
-            "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server (both are "
-            + "sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its environment has "
-            + "TCPPROXY_CLIENT, TCPPROXY_UPSTREAM, TCPPROXY_ROUTE; its stderr is logged. Its end with status 0 is a FIN, and what "
-            + "still comes is dropped; another end is a reset. It is killed when the connection ends, or when it writes nothing for "
-            + "--fin-timeout after its client has finished.",
+            "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server (both "
+            + "are sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its "
+            + "environment has TCPPROXY_CLIENT, TCPPROXY_UPSTREAM, TCPPROXY_ROUTE; its stderr is logged. Its end with status 0 "
+            + "is a FIN, and what still comes is dropped; another end is a reset. It is killed when the connection ends, or "
+            + "when it writes nothing for --fin-timeout after its client has finished.",
             (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true))),
         new("filter-down", '\0', "COMMAND", "modify", Scope.Route, "",
             "The same for what servers say.",
@@ -6183,7 +6183,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
         }
     }
 
-    /// <summary>What it says at once is a line of the log. All of it is read, so that it need not wait, but not all is logged.</summary>
+    /// <summary>What it says at once is a line of the log. All is read, so that it need not wait, but not all logged.</summary>
     private async Task LogErrorsAsync(Socket errors)
     {
         byte[] bytes = new byte[LongestMessage];
@@ -7842,8 +7842,9 @@ internal sealed class Pipe
     }
 }
 
-/// <summary>A child process. Its stdin and stdout are one socket of ours, its stderr another: what the event loops serve are Sockets,
-/// and no pipe is one. (So it cannot open /dev/stdout anew, which is for files.) It leads a process group, which ends with it.
+/// <summary>A child process. Its stdin and stdout are one socket of ours, its stderr another: what the event loops serve are
+/// Sockets, and no pipe is one. (So it cannot open /dev/stdout anew, which is for files.) It leads a process group, which ends
+/// with it.
 /// <para>Who kills it reaps it, after that: until then its number is no other's. No thread and no descriptor waits for its end,
 /// which is looked for when its output has ended: that comes a moment before.</para></summary>
 internal sealed class Child
@@ -8649,7 +8650,7 @@ internal static class Text
         return [.. bytes];
     }
 
-    /// <summary>Words as a shell splits them: at blanks, but not in quotes nor after a backslash, which is one in single quotes.</summary>
+    /// <summary>Words as a shell splits them: at blanks, but not in quotes or after a backslash (one in single quotes).</summary>
     /// <exception cref="FormatException">something is not closed</exception>
     internal static string[] Words(string text)
     {

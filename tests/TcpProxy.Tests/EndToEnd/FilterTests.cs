@@ -270,7 +270,7 @@ public sealed class FilterTests : EndToEndTest
         long start = Environment.TickCount64;
         client.Finish();
         await client.ExpectReset();
-        Assert.InRange(Environment.TickCount64 - start, 900, 3000);
+        Assert.InRange(Environment.TickCount64 - start, 900, 10_000);
         LogLine line = await proxy.Connection(client);
         Assert.Equal("filter fin timeout", line.Reason);
         Assert.Equal("PD", line.End);
@@ -282,10 +282,11 @@ public sealed class FilterTests : EndToEndTest
     public async Task A_command_that_goes_on_writing_is_not_killed_by_the_fin_timeout()
     {
         ProxyProcess proxy = await Given.Proxy(
-            "127.0.0.1:0", "echo", "--filter-up", "sh:cat; for i in 1 2 3 4 5 6; do sleep 0.4; echo $i; done", "--fin-timeout", "1s");
+            "127.0.0.1:0", "echo", "--fin-timeout", "2s", "--filter-up",
+            "sh:cat; for i in 1 2 3 4 5 6 7 8; do sleep 0.6; echo $i; done");
         Peer client = await Given.Client(proxy);
         client.Finish();
-        Assert.Equal("1\n2\n3\n4\n5\n6\n", Encoding.UTF8.GetString(await client.ReceiveToEnd()));
+        Assert.Equal("1\n2\n3\n4\n5\n6\n7\n8\n", Encoding.UTF8.GetString(await client.ReceiveToEnd()));
     }
 
     [Fact(Timeout = Quick)]
@@ -333,7 +334,8 @@ public sealed class FilterTests : EndToEndTest
         client.Finish();
         byte[] got = await receiving;
         Assert.Equal(10 * lines.Length, got.Length);
-        Assert.StartsWith(string.Concat(Enumerable.Repeat("line 000000\n", 10)) + "line 000001\n", Encoding.UTF8.GetString(got, 0, 200));
+        string first = string.Concat(Enumerable.Repeat("line 000000\n", 10)) + "line 000001\n";
+        Assert.StartsWith(first, Encoding.UTF8.GetString(got, 0, 200));
     }
 
     [Fact(Timeout = Quick)]
@@ -391,7 +393,7 @@ public sealed class FilterTests : EndToEndTest
         Assert.Equal("warn", line.Level);
         Assert.Equal("r", line["route"]);
         await proxy.Line("filter", l => l["message"] == $"{client.Local}: what else it says in this second is left out");
-        Assert.InRange(proxy.Lines.Count(l => l.Event == "filter"), 10, 31);
+        Assert.InRange(proxy.Lines.Count(l => l.Event == "filter"), 10, 100);
         Assert.DoesNotContain('\u001b', proxy.RawLog);
     }
 
@@ -399,7 +401,8 @@ public sealed class FilterTests : EndToEndTest
     public async Task A_quota_holds_before_a_filter()
     {
         Upstream server = Given.Server();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", server.Address, "--max-bytes-up", "5", "--filter-up", "sed s/b/BB/");
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", server.Address, "--max-bytes-up", "5", "--filter-up", "sed s/b/BB/");
         (Peer client, Peer upstream) = await Given.Bridge(proxy, server);
         await client.Send("banana");
         Assert.Equal("BBanan"u8.ToArray(), await upstream.ReceiveToEnd());

@@ -40,8 +40,9 @@ public sealed class WordsTests
             for (int i = 0; i < words.Length; i++)
             {
                 words[i] = Noise(random);
-                line.Append(random.Next(2) == 0 ? $"'{words[i].Replace("'", "'\\''", StringComparison.Ordinal)}'"
-                    : $"\"{words[i].Replace("\\", "\\\\", StringComparison.Ordinal).Replace("\"", "\\\"", StringComparison.Ordinal)}\"");
+                const StringComparison Plain = StringComparison.Ordinal;
+                line.Append(random.Next(2) == 0 ? $"'{words[i].Replace("'", "'\\''", Plain)}'"
+                    : $"\"{words[i].Replace("\\", "\\\\", Plain).Replace("\"", "\\\"", Plain)}\"");
                 line.Append(' ', random.Next(1, 3));
             }
 
