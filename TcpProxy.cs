@@ -4681,7 +4681,7 @@ internal sealed class Conversation
         List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
         bool isEcho, TimeSpan finTimeout, long seed, long number)
     {
-        (Route, Client, Server, IsEcho) = (route, client, server, isEcho);
+        (RouteTitle, Client, Upstream, IsEcho) = (route, client, server, isEcho);
         (FinTimeout, Seed, Number) = (finTimeout, seed, number);
         taps.ForEach(tap => tap.AddTo(this));
         if (isEcho)
@@ -4693,9 +4693,9 @@ internal sealed class Conversation
         Down = serverSocket is null ? null : _down.To(clientSocket);
     }
 
-    internal string Route { get; }
+    internal string RouteTitle { get; }
     internal EndPoint? Client { get; }
-    internal EndPoint? Server { get; } // null for the built-in ones
+    internal EndPoint? Upstream { get; } // null for the built-in ones
     internal bool IsEcho { get; }
 
     /// <summary>Why it has ended, in two letters as of CloseReason.</summary>
@@ -4882,7 +4882,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
         if (Interlocked.Exchange(ref _isFailing, 1) == 0)
         {
             string what = $"{Text.Of(recording.Conversation.Client)} is not recorded any more: {reason}";
-            _log!.Event(LogLevel.Warn, "record", what, recording.Conversation.Route);
+            _log!.Event(LogLevel.Warn, "record", what, recording.Conversation.RouteTitle);
         }
     }
 
@@ -5314,8 +5314,8 @@ internal sealed class CaptureTap : Tap
         const int EchoPort = 7; // RFC 862
         const int DiscardPort = 9; // RFC 863
         IPEndPoint client = conversation.Client as IPEndPoint ?? new(new IPAddress([192, 0, 2, 1]), 1024 + (standIn & 0x7fff));
-        IPEndPoint server = conversation.Server as IPEndPoint ?? new(new IPAddress([192, 0, 2, 2]),
-            conversation.Server is not null ? UnixPort : conversation.IsEcho ? EchoPort : DiscardPort);
+        IPEndPoint server = conversation.Upstream as IPEndPoint ?? new(new IPAddress([192, 0, 2, 2]),
+            conversation.Upstream is not null ? UnixPort : conversation.IsEcho ? EchoPort : DiscardPort);
         bool isV4 = IsV4(client.Address) && IsV4(server.Address);
         CaptureTap up = new(capture, conversation, isUp: true, Head(client, server, isV4));
         CaptureTap down = new(capture, conversation, isUp: false, Head(server, client, isV4));
@@ -6069,12 +6069,12 @@ internal sealed class FilterSettings : TapSettings
 
     /// <exception cref="TapException">it cannot be started</exception>
     internal Child Run(Conversation about) =>
-        Child.Start(_path, _words, [$"TCPPROXY_CLIENT={Text.Of(about.Client)}", $"TCPPROXY_UPSTREAM={Text.Of(about.Server)}",
-            $"TCPPROXY_ROUTE={about.Route}"], out int error)
+        Child.Start(_path, _words, [$"TCPPROXY_CLIENT={Text.Of(about.Client)}", $"TCPPROXY_UPSTREAM={Text.Of(about.Upstream)}",
+            $"TCPPROXY_ROUTE={about.RouteTitle}"], out int error)
         ?? throw new TapException("PD", $"filter not started: {Marshal.GetPInvokeErrorMessage(error)}");
 
     internal void Say(Conversation about, string text) =>
-        _log!.Event(LogLevel.Warn, "filter", $"{Text.Of(about.Client)}: {text}", about.Route);
+        _log!.Event(LogLevel.Warn, "filter", $"{Text.Of(about.Client)}: {text}", about.RouteTitle);
 }
 
 internal sealed class FilterTap(FilterSettings settings, Conversation about) : Tap
