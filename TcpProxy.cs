@@ -1369,7 +1369,7 @@ internal sealed class Proxy
                 line.Connected(connection.Server);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
-                        isEcho: connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
+                        connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
                 reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
@@ -4020,21 +4020,13 @@ internal sealed class Pump(
     {
         try
         {
-            PumpEnd end = taps is not null ? await OpenAsync(taps, owner) : _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
-
+            PumpEnd end = _left == 0 ? PumpEnd.Quota : taps is not null ? await RunTappedAsync(taps, owner) : PumpEnd.NotYet;
             int full = 0; // buffers in a row
             while (end == PumpEnd.NotYet)
             {
                 int most = full < StreamAfter ? bufferSize : StreamFactor * bufferSize;
                 int length = await (throttle is null ? ReceiveAsync(most) : ReceiveThrottledAsync(throttle));
-                if (taps is not null)
-                {
-                    IsSending = true;
-                    taps.Ending.ThrowIfCancellationRequested();
-                    await taps.First.WriteAsync(_buffer.Received(length));
-                    IsSending = false;
-                }
-                else if (length > 0 && Target is not null)
+                if (length > 0 && Target is not null)
                 {
                     IsSending = true;
                     int sent = length <= Message ? Send(length) : 0;
@@ -4050,7 +4042,7 @@ internal sealed class Pump(
 
                 end = Count(length);
                 full = length < bufferSize ? 0 : full + 1;
-                if (full >= StreamAfter && end == PumpEnd.NotYet && isSplicing && Pipe.IsUsable && Target is not null && taps is null)
+                if (full >= StreamAfter && end == PumpEnd.NotYet && isSplicing && Pipe.IsUsable && Target is not null)
                 {
                     _buffer.GiveBack();
                     end = await SpliceAsync();
@@ -4062,13 +4054,6 @@ internal sealed class Pump(
                     _buffer.GiveBack(); // the next finds it in the processor's cache
                     await EventLoop.TurnAsync();
                 }
-            }
-
-            if (taps is not null)
-            {
-                IsSending = true;
-                await taps.First.FinishAsync();
-                IsSending = false;
             }
 
             IsFinished = true;
@@ -4091,8 +4076,8 @@ internal sealed class Pump(
         }
     }
 
-    /// <summary>What was read before there was a pump goes through its taps, too.</summary>
-    private async Task<PumpEnd> OpenAsync(TapLine taps, PumpOwner owner)
+    /// <summary>The same through taps, and what was read before there was a pump as well.</summary>
+    private async Task<PumpEnd> RunTappedAsync(TapLine taps, PumpOwner owner)
     {
         taps.Start(
             error =>
@@ -4105,10 +4090,44 @@ internal sealed class Pump(
                 IsFinished = true;
                 owner.Finished(this, PumpEnd.Tap);
             });
+        PumpEnd end = PumpEnd.NotYet;
+        if (taps.Spoken.Length > 0)
+        {
+            await WriteAsync(taps.Spoken);
+            end = Count(taps.Spoken.Length);
+        }
+
+        int full = 0;
+        while (end == PumpEnd.NotYet)
+        {
+            int most = full < StreamAfter ? bufferSize : StreamFactor * bufferSize;
+            int length = await (throttle is null ? ReceiveAsync(most) : ReceiveThrottledAsync(throttle));
+            if (length > 0)
+            {
+                await WriteAsync(_buffer.Received(length));
+            }
+
+            end = Count(length);
+            full = length < bufferSize ? 0 : full + 1;
+            if (IsTurnOver())
+            {
+                _buffer.GiveBack();
+                await EventLoop.TurnAsync();
+            }
+        }
+
         IsSending = true;
-        await taps.First.WriteAsync(taps.Spoken);
+        await taps.First.FinishAsync();
         IsSending = false;
-        return taps.Spoken.Length > 0 ? Count(taps.Spoken.Length) : _left == 0 ? PumpEnd.Quota : PumpEnd.NotYet;
+        return end;
+
+        async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
+        {
+            IsSending = true;
+            taps.Ending.ThrowIfCancellationRequested();
+            await taps.First.WriteAsync(bytes);
+            IsSending = false;
+        }
     }
 
     /// <summary>Until the end, or until it is no stream any more. The pipe belongs to the thread and is empty at every
