@@ -155,6 +155,8 @@ internal static class Program
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 ? null
             : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
+        using PosixSignalRegistration? reopen = Signals.OfUser(1, proxy.Reopen);
+        using PosixSignalRegistration? tell = Signals.OfUser(2, proxy.TellState);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
@@ -422,14 +424,23 @@ internal sealed class Option(
             (s, _, v) => s.Seed = Units.ParseCount(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
-            "Log as text (logfmt), json (the same keys) or off.",
-            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
-        new("log-file", '\0', "FILE", "observe", Scope.Process, "",
-            "Append the log to FILE instead of stderr.",
-            (s, _, v) => s.Log.File = Text.FileName(v)),
+            "Log as text (logfmt), json (the same keys), haproxy (connections as by option tcplog, in local time; the rest is "
+            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off")),
+        new("log-file", '\0', "FILE|unix:PATH", "observe", Scope.Process, "",
+            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the unix "
+            + "socket at PATH, and connect again when that is gone.",
+            (s, _, v) => s.Log.SetFile(v)),
         new("log-level", '\0', "LEVEL", "observe", Scope.Process, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("log-long", '\0', "TIME", "observe", Scope.Process, "1h",
+            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with what "
+            + "has passed so far.",
+            (s, _, v) => s.Log.Long = Units.ParseTime(v)),
+        new("log-skip-empty", '\0', "", "observe", Scope.Process, "",
+            "Do not log connections that clients end before a byte has passed either way: probes.",
+            (s, _, _) => s.Log.SkipsEmpty = true),
 
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
@@ -1071,6 +1082,7 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        settings.Bridge.Log = log;
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = settings.Pool.Queue == 0 ? null
             : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
@@ -1147,10 +1159,12 @@ internal sealed class Proxy
     private readonly Settings _settings;
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly List<Route> _routes = [];
     private readonly List<UpstreamPool> _pools = [];
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly DateTime _startedAt = DateTime.UtcNow;
     private int _serving = 1; // connections, and one for the accept loops as long as they run
     private int _signals;
     private int _onceTaken;
@@ -1205,6 +1219,35 @@ internal sealed class Proxy
     /// <summary>Reads again what others write: the lists of access rules.</summary>
     internal void Reload() => Array.ForEach([.. _settings.AccessFiles.Values], file => file.Reload(_log));
 
+    /// <summary>For those who rotate logs.</summary>
+    internal void Reopen() => _log.Reopen();
+
+    /// <summary>Says in words how things stand.</summary>
+    internal void TellState()
+    {
+        int servers = 1000; // at most
+        _log.State($"running for {Units.Words(DateTime.UtcNow - _startedAt)}, {Text.Count(Volatile.Read(ref _serving) - 1, "connection")}, "
+            + $"{GC.GetTotalMemory(false) >> 10} KB of memory, {Text.Count(_log.Dropped, "line")} of the log dropped"
+            + (_stopping.Task.IsCompleted ? ", draining" : ""));
+        foreach (Route route in _routes)
+        {
+            string waiting = route.Line is { Count: > 0 } line ? $", {line.Count} waiting" : "";
+            _log.State($"{Text.Count(route.Limit.Count, "connection")}{waiting}", route.Title);
+            route.Pools.ForEach(pool => pool.States().ForEach(state =>
+            {
+                if (--servers >= 0)
+                {
+                    _log.State(state, route.Title);
+                }
+            }));
+        }
+
+        if (servers < 0)
+        {
+            _log.State($"and {Text.Count(-servers, "server")} more");
+        }
+    }
+
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
     {
@@ -1218,10 +1261,11 @@ internal sealed class Proxy
     private void Bind()
     {
         ConnectionLimit processLimit = new(_settings.MaxConnections, null);
-        List<TimeSpan> bounds = [_settings.DrainTimeout];
+        List<TimeSpan> bounds = [_settings.DrainTimeout, _settings.Log.Long];
         foreach (RouteSettings settings in _settings.Routes)
         {
             Route route = new(settings, processLimit, _log);
+            _routes.Add(route);
             _pools.AddRange(route.Pools);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
@@ -1318,7 +1362,7 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title);
+        ConnectionLine line = _settings.Log.Format == LogFormat.Haproxy ? NewHaproxyLine(route) : new ConnectionLine(route.Title);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1337,7 +1381,7 @@ internal sealed class Proxy
             reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line is { } queue)
             {
-                reason = await queue.EnterAsync(route.Limit.TryEnter, client);
+                reason = await queue.EnterAsync(route.Limit.TryEnter, client, line: line);
             }
 
             isAdmitted = reason is null;
@@ -1361,12 +1405,12 @@ internal sealed class Proxy
             }
 
             connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
-                portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
+                portIndex, line, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server);
+                line.Connected(connection.Server, connection.Title);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1376,8 +1420,7 @@ internal sealed class Proxy
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge, line)
-                    : RelayTappedAsync(route, connection, bridge, line, taps);
+                _ = taps is null ? RelayAsync(route, connection, bridge) : RelayTappedAsync(route, connection, bridge, taps);
                 return;
             }
 
@@ -1404,6 +1447,13 @@ internal sealed class Proxy
         }
     }
 
+    private HaproxyLine NewHaproxyLine(Route route) => new(route.Title, server =>
+    {
+        Load load = new() { Process = Volatile.Read(ref _serving) - 1, Route = route.Limit.Count };
+        route.Pools.ForEach(pool => pool.AddTo(ref load, server));
+        return load;
+    });
+
     private static void Close(Route route, Socket client, CloseReason reason)
     {
         if (reason.IsOrderly && !route.Settings.Limits.IsResetting)
@@ -1422,33 +1472,33 @@ internal sealed class Proxy
         BridgeSettings settings = route.Settings.Bridge;
         AccessRules access = route.Settings.Access;
         return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
-            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
+            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private async Task RelayAsync(Route route, Connection connection, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge, line);
+        Ended(route, connection, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge, line);
+        Ended(route, connection, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private void Ended(Route route, Connection connection, Bridge bridge)
     {
         connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -1494,6 +1544,7 @@ internal sealed class Proxy
 
     private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
     {
+        line.Ended(reason.Code, reason.Words);
         if (isAdmitted)
         {
             route.Addresses?.Leave(line.Place);
@@ -1511,8 +1562,7 @@ internal sealed class Proxy
         }
         else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            line.Ended(reason.Code, reason.Words); // (8)
-            _log.Ended(line);
+            _log.Ended(line); // (8)
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
@@ -2205,15 +2255,15 @@ internal sealed class Schedule
 /// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
 /// turns.</summary>
 internal sealed class WindowedBridge(
-    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
-    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
+    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
 {
     private int _minute = DateTime.UtcNow.Minute;
 
     internal override bool Check(long now)
     {
         DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
         {
             Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
         }
@@ -2227,6 +2277,8 @@ internal sealed class WindowedBridge(
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 {
     private int _count;
+
+    internal int Count => Volatile.Read(ref _count);
 
     internal bool TryEnter()
     {
@@ -2597,6 +2649,7 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
+    internal string Title => server?.Title ?? "";
 
     internal void Release() => server?.Leave();
 }
@@ -2620,6 +2673,22 @@ internal sealed class Balancer(
         : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
+
+    /// <summary>And those that only have connections still.</summary>
+    internal Server[] Known
+    {
+        get
+        {
+            lock (_gate)
+            {
+                return [.. _known];
+            }
+        }
+    }
+
+    internal string[] States() => Array.ConvertAll(Known, server => $"server {server.Title} is {(server.IsDown ? "down" : "up")}, "
+        + Text.Count(Volatile.Read(ref server.Active), "connection") + (server.Weight == 1 ? "" : $", weight {server.Weight}")
+        + (server.Upstream.IsBackup ? ", backup" : "") + (Array.IndexOf(Servers, server) < 0 ? ", not in use any more" : ""));
 
     // ---- the servers
 
@@ -3011,11 +3080,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
-    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.</summary>
+    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.
+    /// Its log <paramref name="line"/> is told.</summary>
     internal Task<CloseReason?> EnterAsync(
-        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
+        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false, ConnectionLine? line = null)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience));
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience), line);
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -3031,6 +3101,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             }
 
             waiter.Node = _waiters.AddLast(waiter);
+            waiter.Told?.Queued(_waiters.Count);
             _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
@@ -3072,14 +3143,17 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
                 _waiters.Remove(node);
                 _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
+                waiter.Told?.Dequeued();
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline, ConnectionLine? told)
+        : Watched
     {
+        internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
         internal bool IsPicky { get; } = isPicky;
         internal LinkedListNode<Waiter>? Node { get; set; } // its place
@@ -3114,11 +3188,12 @@ internal sealed class UpstreamPool(
     private volatile bool _isChecking;
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
-    /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
-    /// looked at only to see whether it has left.</summary>
+    /// The log <paramref name="line"/> is told, and has the client's address for --balance source; its socket
+    /// <paramref name="client"/> is looked at only to see whether it has left.</summary>
     internal async ValueTask<Connection> ConnectAsync(
-        int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
+        int portIndex, ConnectionLine? line = null, Socket? client = null, bool hasSpoken = false)
     {
+        line?.Choosing();
         long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
         if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
@@ -3126,7 +3201,7 @@ internal sealed class UpstreamPool(
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(line?.Client) : 0;
         UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
         Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
@@ -3136,7 +3211,7 @@ internal sealed class UpstreamPool(
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
-                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken, line);
                 last = tried is null ? new Connection(only, failure: refusal) : last;
                 deadline = Watched.Deadline(connect.Timeout);
             }
@@ -3146,6 +3221,7 @@ internal sealed class UpstreamPool(
                 return last;
             }
 
+            line?.Tried(server.Title);
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
             last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
@@ -3196,6 +3272,29 @@ internal sealed class UpstreamPool(
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
+    /// <summary>The connections, of which the server called <paramref name="title"/> has some, and those who wait.</summary>
+    internal void AddTo(ref Load load, string title)
+    {
+        foreach (Balancer? balancer in _balancers)
+        {
+            load.Pool += balancer?.Line?.Count ?? 0;
+            foreach (Server server in balancer?.Known ?? [])
+            {
+                int active = Volatile.Read(ref server.Active);
+                load.Pool += active;
+                load.Server += server.Title == title ? active : 0;
+            }
+        }
+    }
+
+    /// <summary>How each server is, in words.</summary>
+    internal List<string> States()
+    {
+        List<string> states = [];
+        Array.ForEach(_balancers, balancer => states.AddRange(balancer?.States() ?? []));
+        return states;
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3210,12 +3309,12 @@ internal sealed class UpstreamPool(
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
-        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken, ConnectionLine? line)
     {
         Server? server = null;
         CloseReason? refusal = await balancer.Line!.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
-            client, tried is not null, hasSpoken);
+            client, tried is not null, hasSpoken, line);
         return (server, refusal);
     }
 
@@ -3679,6 +3778,7 @@ internal sealed class BridgeSettings
     internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
+    internal Log? Log { get; set; } // where a long connection is told
 
     /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
     internal TimeSpan QuotaGrace =>
@@ -3728,15 +3828,15 @@ internal class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
-        Conversation? taps = null)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
+        Conversation? taps)
     {
-        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
@@ -3753,6 +3853,7 @@ internal class Bridge : PumpOwner
         }
     }
 
+    internal ConnectionLine Line { get; }
     internal long BytesUp => _up.Bytes;
     internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
@@ -3867,6 +3968,11 @@ internal class Bridge : PumpOwner
 
     internal override bool Check(long now)
     {
+        if (_settings.Log is { } log && log.IsDue(now, _startedAt) && _reason is null)
+        {
+            log.Write(Line.Early(BytesUp, BytesDown));
+        }
+
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
@@ -6822,6 +6928,8 @@ internal enum LogFormat
 {
     Text,
     Json,
+    Haproxy,
+    Syslog,
     Off,
 }
 
@@ -6835,15 +6943,32 @@ internal enum LogLevel
 
 internal sealed class LogSettings
 {
+    private string? _socket;
+
     internal LogFormat Format { get; set; }
-    internal string? File { get; set; } // null = stderr
+    internal string? File { get; set; } // null = stderr, or a socket
     internal LogLevel Level { get; set; }
+    internal TimeSpan Long { get; set; } // zero = off
+    internal bool SkipsEmpty { get; set; }
+
+    /// <summary>The path of the socket that lines go to.</summary>
+    internal string? Socket => Format == LogFormat.Off ? null
+        : _socket ?? (Format == LogFormat.Syslog && File is null ? "/dev/log" : null);
+
+    internal void SetFile(string text)
+    {
+        const string Unix = "unix:";
+        bool isSocket = text.StartsWith(Unix, StringComparison.Ordinal);
+        _socket = isSocket ? Address.CheckPath(text[Unix.Length..]) : null;
+        File = isSocket ? null : Text.FileName(text);
+    }
 }
 
 /// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
 internal abstract class LogLine(LogLevel level, string name)
 {
     protected DateTime Time { get; private set; }
+    protected virtual string Name => name;
 
     internal LogLevel Level { get; } = level;
 
@@ -6855,16 +6980,7 @@ internal abstract class LogLine(LogLevel level, string name)
     /// <summary>Called once, by the writer.</summary>
     internal virtual void Format(LogText text)
     {
-        text.Begin();
-        text.Add("time", Text.Of(Time));
-        text.Add("level", Level switch
-        {
-            LogLevel.Debug => "debug",
-            LogLevel.Info => "info",
-            LogLevel.Warn => "warn",
-            _ => "error",
-        });
-        text.Add("event", name);
+        text.Begin(Time, Level, Name);
         AddKeys(text);
         text.End();
     }
@@ -6872,7 +6988,7 @@ internal abstract class LogLine(LogLevel level, string name)
     protected abstract void AddKeys(LogText text);
 }
 
-internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+internal class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text)
     {
@@ -6884,6 +7000,26 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
         if (message.Length > 0)
         {
             text.Add("message", message);
+        }
+    }
+}
+
+/// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
+internal sealed class StateLine(string? route, string words, bool isShown) : MessageLine(LogLevel.Info, "state", route, words)
+{
+    private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
+
+    internal override int Shown => isShown ? _shown.Length : 0;
+
+    internal override void Format(LogText text)
+    {
+        if (isShown)
+        {
+            text.Append($"{_shown}\n");
+        }
+        else
+        {
+            base.Format(text);
         }
     }
 }
@@ -6918,13 +7054,10 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
+internal class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
 {
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms, as below; -1 = never connected
-    private long _duration;
-    private string _end = "";
     private string _reason = "";
 
     internal EndPoint? Client { get; set; }
@@ -6933,16 +7066,58 @@ internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "con
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal void Connected(EndPoint? server)
+    /// <summary>What those leave who only look whether somebody answers.</summary>
+    internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
+
+    protected override string Name => End.Length > 0 ? base.Name : "connection-long";
+    protected string Route => route;
+    protected long ConnectTime { get; private set; } = -1; // ms, as below; -1 = never connected
+    protected long Duration { get; private set; }
+    protected string End { get; private set; } = ""; // not yet
+    protected long Elapsed => (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+
+    // ---- what HAProxy's line alone wants to know
+
+    /// <summary>It waits for room, as the <paramref name="place"/>th.</summary>
+    internal virtual void Queued(int place)
     {
-        _server = server;
-        _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
     }
 
-    internal void Ended(string end, string reason)
+    internal virtual void Dequeued()
     {
-        (_end, _reason) = (end, reason);
-        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+    }
+
+    /// <summary>From here on a server is looked for.</summary>
+    internal virtual void Choosing()
+    {
+    }
+
+    internal virtual void Tried(string server)
+    {
+    }
+
+    // ----
+
+    /// <summary>To that address of the server called <paramref name="title"/>.</summary>
+    internal virtual void Connected(EndPoint? server, string title)
+    {
+        _server = server;
+        ConnectTime = Elapsed;
+    }
+
+    internal virtual void Ended(string end, string reason)
+    {
+        (End, _reason) = (end, reason);
+        Duration = Elapsed;
+    }
+
+    /// <summary>What there is to say while it lasts.</summary>
+    internal ConnectionLine Early(long bytesUp, long bytesDown)
+    {
+        ConnectionLine early = (ConnectionLine)MemberwiseClone();
+        (early.BytesUp, early.BytesDown) = (bytesUp, bytesDown);
+        early.Ended("", "");
+        return early;
     }
 
     protected override void AddKeys(LogText text)
@@ -6951,18 +7126,90 @@ internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "con
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
-        text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", _duration);
+        text.Add("connect_ms", ConnectTime);
+        text.Add("duration_ms", Duration);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _end);
-        text.Add("reason", _reason);
+        if (End.Length > 0)
+        {
+            text.Add("end", End);
+            text.Add("reason", _reason);
+        }
     }
 }
 
-/// <summary>Lines as bytes: logfmt, or JSON with the same keys.</summary>
-internal sealed class LogText(bool isJson)
+/// <summary>Connections at one moment, as HAProxy counts them.</summary>
+internal struct Load
 {
+    internal int Process;
+    internal int Route;
+    internal int Pool; // of the route, and those who wait for a server
+    internal int Server;
+}
+
+/// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
+/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option logasap.</summary>
+internal sealed class HaproxyLine(string route, Func<string, Load> load) : ConnectionLine(route)
+{
+    private readonly DateTime _acceptedAt = DateTime.UtcNow;
+    private string _server = "<NOSRV>";
+    private int _tries;
+    private int _place; // in the lines it stood in
+    private long _queuedAt; // ms after the accept
+    private long _waited = -1; // ms; -1 = it has come to no line
+    private long _otherwise; // ms of what was before, but for that
+    private Load _load;
+
+    internal override void Queued(int place) => (_place, _queuedAt) = (_place + place, Elapsed);
+
+    internal override void Dequeued() => _waited = Math.Max(_waited, 0) + Elapsed - _queuedAt;
+
+    internal override void Choosing()
+    {
+        _waited = Math.Max(_waited, 0);
+        _otherwise = Elapsed - _waited;
+    }
+
+    internal override void Tried(string server) => (_server, _tries) = (server, _tries + 1);
+
+    internal override void Connected(EndPoint? server, string title)
+    {
+        base.Connected(server, title);
+        _server = title;
+    }
+
+    /// <summary>As HAProxy, it counts itself in the process and the route, and at the server no more.</summary>
+    internal override void Ended(string end, string reason)
+    {
+        base.Ended(end, reason);
+        _load = load(_server);
+    }
+
+    internal override void Format(LogText text)
+    {
+        string plus = End.Length > 0 ? "" : "+";
+        string time = Text.Of(TimeZoneInfo.ConvertTimeFromUtc(_acceptedAt, TimeZoneInfo.Local));
+        int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
+        text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
+        text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
+        text.AppendName(Route);
+        text.Append(" ");
+        text.AppendName(Route);
+        text.Append("/");
+        text.AppendName(_server);
+        text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{Duration} {plus}{BytesDown} "
+            + $"{(End.Length > 0 ? End : "--")} {_load.Process}/{_load.Route}/{_load.Pool}/{_load.Server}/"
+            + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}\n"); // it is another server that is tried again
+    }
+}
+
+/// <summary>Lines as bytes: logfmt, alone or in messages of RFC 5424, or JSON with the same keys.</summary>
+internal sealed class LogText(LogFormat format)
+{
+    private const int Daemon = 3; // the facility
+    private static readonly string Sender = $"{HostName(Environment.MachineName)} tcpproxy {Environment.ProcessId}";
+
+    private readonly bool _isJson = format == LogFormat.Json;
     private byte[] _bytes = new byte[1024];
     private int _length;
     private bool _isFirst;
@@ -6971,18 +7218,36 @@ internal sealed class LogText(bool isJson)
 
     internal void Clear() => _length = 0;
 
-    internal void Begin()
+    internal void Begin(DateTime time, LogLevel level, string name)
     {
+        (string word, int severity) = level switch
+        {
+            LogLevel.Debug => ("debug", 7),
+            LogLevel.Info => ("info", 6),
+            LogLevel.Warn => ("warn", 4),
+            _ => ("error", 3),
+        };
         _isFirst = true;
-        Append(isJson ? "{" : "");
+        if (format == LogFormat.Syslog)
+        {
+            Append($"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - ");
+        }
+        else
+        {
+            Append(_isJson ? "{" : "");
+            Add("time", Text.Of(time));
+            Add("level", word);
+        }
+
+        Add("event", name);
     }
 
-    internal void End() => Append(isJson ? "}\n" : "\n");
+    internal void End() => Append(_isJson ? "}\n" : "\n");
 
     internal void Add(string key, string value)
     {
         Key(key);
-        bool isPlain = !isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
+        bool isPlain = !_isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
             && value.AsSpan().IndexOfAny('"', '=', '\\') < 0;
         Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
     }
@@ -6995,11 +7260,23 @@ internal sealed class LogText(bool isJson)
 
     private void Key(string key)
     {
-        Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
+        Append(_isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
         Append(key);
-        Append(isJson ? "\":" : "=");
+        Append(_isJson ? "\":" : "=");
         _isFirst = false;
     }
+
+    /// <summary>A word of HAProxy's line, which has no quotes: what would part it is #XX.</summary>
+    internal void AppendName(string name)
+    {
+        foreach (byte b in Encoding.UTF8.GetBytes(name))
+        {
+            Append(b is > (byte)' ' and < 127 and not ((byte)'/' or (byte)'#') ? $"{(char)b}" : $"#{b:X2}");
+        }
+    }
+
+    private static string HostName(string name) =>
+        name.Length is > 0 and < 256 && name.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0 ? name : "-";
 
     internal void Append(string text) => Grow(Encoding.UTF8.GetBytes(text, Room(Encoding.UTF8.GetMaxByteCount(text.Length))));
 
@@ -7028,10 +7305,15 @@ internal sealed class Log : IDisposable
     private readonly Queue<LogLine> _queue = []; // under itself, as all below it
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
+    private bool _isReopening;
     private long _dropped;
+    private long _droppedBefore; // and were said to be
     private int _shown; // of ShownLength
     private long _missed; // bytes
-    private FileStream? _file; // owned; disposed by the writer; null = stderr
+    private FileStream? _file; // owned; the writer's, as the next three; null = stderr, or a socket
+    private Socket? _socket; // owned; null = not connected
+    private long _retryAt; // TickCount64
+    private long _unsent; // lines, since nobody has listened
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
@@ -7041,16 +7323,7 @@ internal sealed class Log : IDisposable
     /// <exception cref="IOException">the file cannot be opened</exception>
     internal void Start()
     {
-        try
-        {
-            _file = _settings.File is not { } file || _settings.Format == LogFormat.Off ? null
-                : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"--log-file: cannot open {_settings.File}: {Text.Reason(e)}");
-        }
-
+        Open();
         _writer = new Thread(WriteAll, 128 << 10) { IsBackground = true, Name = "log" };
         _writer.Start();
     }
@@ -7079,7 +7352,44 @@ internal sealed class Log : IDisposable
     internal void ServerState(string route, string server, bool isUp, string reason) =>
         Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
 
-    internal void Ended(ConnectionLine line) => Write(line);
+    internal void Ended(ConnectionLine line)
+    {
+        if (!_settings.SkipsEmpty || !line.IsEmpty)
+        {
+            Write(line);
+        }
+    }
+
+    internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
+
+    /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
+    internal bool IsDue(long now, long startedAt)
+    {
+        long period = (long)_settings.Long.TotalMilliseconds;
+        return period > 0 && now - startedAt >= period && (now - startedAt) / period > (Sweep.LastLook - startedAt) / period;
+    }
+
+    /// <summary>Lines that nobody will ever read.</summary>
+    internal long Dropped
+    {
+        get
+        {
+            lock (_queue)
+            {
+                return _droppedBefore + _dropped;
+            }
+        }
+    }
+
+    /// <summary>The file has been renamed, or the socket is another.</summary>
+    internal void Reopen()
+    {
+        lock (_queue)
+        {
+            (_isReopening, _isWaiting) = (true, false);
+            Monitor.Pulse(_queue);
+        }
+    }
 
     internal bool Has(LogLevel level) =>
         level >= _settings.Level && _settings.Format != LogFormat.Off && _writer is not null;
@@ -7118,14 +7428,14 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format == LogFormat.Json);
+        LogText text = new(_settings.Format);
         List<LogLine> lines = [];
         while (Take(lines))
         {
             bool isShown = false;
             foreach (LogLine line in lines)
             {
-                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0)
+                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0 || _settings.Socket is not null)
                 {
                     WriteOut(text, isShown);
                     isShown = line.Shown > 0;
@@ -7139,6 +7449,7 @@ internal sealed class Log : IDisposable
         }
 
         _file?.Dispose();
+        _socket?.Dispose();
     }
 
     /// <summary>Waits for lines and takes them; false when there are none and none will come.</summary>
@@ -7146,13 +7457,13 @@ internal sealed class Log : IDisposable
     {
         lock (_queue)
         {
-            while (_queue.Count == 0 && !_isStopping)
+            while (_queue.Count == 0 && !_isStopping && !_isReopening)
             {
                 _isWaiting = true;
                 Monitor.Wait(_queue);
             }
 
-            if (!_isStopping)
+            if (!_isStopping && !_isReopening)
             {
                 Monitor.Wait(_queue, Gather); // nobody pulses now but Stop
             }
@@ -7165,11 +7476,57 @@ internal sealed class Log : IDisposable
                 lines.Add(new MessageLine(LogLevel.Warn, "log", null,
                     $"{Text.Count(_dropped, "line")}{missed} dropped: the reader of the log is too slow"));
                 lines[^1].Stamp();
-                (_dropped, _missed) = (0, 0);
+                (_droppedBefore, _dropped, _missed) = (_droppedBefore + _dropped, 0, 0);
             }
 
             _shown = 0;
-            return lines.Count > 0;
+            if (!_isReopening)
+            {
+                return lines.Count > 0;
+            }
+
+            _isReopening = false;
+        }
+
+        try
+        {
+            Open();
+        }
+        catch (IOException e)
+        {
+            lines.Insert(0, new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
+            lines[0].Stamp();
+        }
+
+        return true;
+    }
+
+    /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
+    private void Open()
+    {
+        _socket?.Dispose();
+        (_socket, _retryAt) = (null, 0);
+        if (_settings.File is not { } file || _settings.Format == LogFormat.Off)
+        {
+            return;
+        }
+
+        try
+        {
+            // not FileMode.Append, to which a file that is truncated meanwhile is an error
+            FileStream opened = new(
+                file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
+            if (Libc.IsThere)
+            {
+                _ = Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append);
+            }
+
+            _file?.Dispose();
+            _file = opened;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--log-file: cannot open {file}: {Text.Reason(e)}");
         }
     }
 
@@ -7177,15 +7534,19 @@ internal sealed class Log : IDisposable
     {
         try
         {
-            if (_file is null || isShown)
+            if (isShown || (_file is null && _settings.Socket is null))
             {
                 StandardStream.TryWrite(StandardStream.Error, text.Bytes);
+            }
+            else if (_file is null)
+            {
+                Send(_settings.Socket!, text.Bytes);
             }
             else
             {
                 if (_file.CanSeek)
                 {
-                    _file.Seek(0, SeekOrigin.End); // which is elsewhere once somebody has truncated it
+                    _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
                 }
 
                 _file.Write(text.Bytes);
@@ -7197,6 +7558,49 @@ internal sealed class Log : IDisposable
         }
 
         text.Clear();
+    }
+
+    /// <summary>One line. While nobody listens lines are lost, and each second it is tried again.</summary>
+    private void Send(string path, ReadOnlySpan<byte> line)
+    {
+        const int Pause = 1000; // ms
+        for (bool isOld = _socket is not null; !line.IsEmpty && (isOld || Environment.TickCount64 >= _retryAt); isOld = false)
+        {
+            try
+            {
+                _socket = isOld ? _socket : UnixSocket.Connect(path);
+                if (_unsent > 0)
+                {
+                    LogText words = new(_settings.Format);
+                    MessageLine lost = new(
+                        LogLevel.Warn, "log", null, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}");
+                    lost.Stamp();
+                    lost.Format(words);
+                    UnixSocket.Send(_socket!, words.Bytes);
+                    _unsent = 0;
+                }
+
+                UnixSocket.Send(_socket!, line);
+                return;
+            }
+            catch (SocketException) when (isOld)
+            {
+                _socket!.Dispose(); // who listened there may have been started anew
+            }
+            catch (SocketException e)
+            {
+                _socket?.Dispose();
+                (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
+                StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
+                    : Encoding.UTF8.GetBytes($"tcpproxy: lines of the log are lost: {path}: {Text.Escape(Text.Reason(e))}\n"));
+            }
+        }
+
+        _unsent += line.IsEmpty ? 0 : 1;
+        lock (_queue)
+        {
+            _droppedBefore += line.IsEmpty ? 0 : 1;
+        }
     }
 }
 
@@ -7236,6 +7640,9 @@ internal static class Sweep
     private static bool _isAsleep;
     private static int _interval;
     private static long _stopAllAt = long.MaxValue;
+
+    /// <summary>When it looked before (TickCount64), for those at whom it looks.</summary>
+    internal static long LastLook { get; private set; }
 
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
@@ -7321,6 +7728,7 @@ internal static class Sweep
                 }
             }
 
+            LastLook = now;
             Array.Clear(seen, 0, count);
             rest.Look(isQuiet, now);
         }
@@ -7361,6 +7769,21 @@ internal sealed class Rest
             GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
             _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
+    }
+}
+
+/// <summary>USR1 and USR2, where there are any.</summary>
+internal static class Signals
+{
+    internal static PosixSignalRegistration? OfUser(int number, Action heed)
+    {
+        (int first, int step) = OperatingSystem.IsLinux() ? (10, 2) : (30, 1); // macOS and the BSDs
+        return OperatingSystem.IsWindows() ? null
+            : PosixSignalRegistration.Create((PosixSignal)(first + ((number - 1) * step)), context =>
+            {
+                context.Cancel = true; // the runtime would end the process
+                heed();
+            });
     }
 }
 
@@ -7537,6 +7960,31 @@ internal static class StandardStream
             return false;
         }
     }
+}
+
+/// <summary>One that takes lines: of messages, as syslog's, or a stream of them.</summary>
+internal static class UnixSocket
+{
+    internal static Socket Connect(string path)
+    {
+        Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+        try
+        {
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType)
+        {
+            socket.Dispose();
+            socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+    }
+
+    /// <summary>A message needs no newline.</summary>
+    internal static void Send(Socket socket, ReadOnlySpan<byte> line) =>
+        socket.Send(socket.SocketType == SocketType.Dgram ? line[..^1] : line);
 }
 
 internal static class SocketErrors
@@ -7999,6 +8447,8 @@ internal static partial class Libc
     internal const int Eagain = 11;
     internal const int GetDescriptorFlags = 1;
     internal const int SetDescriptorFlags = 2;
+    internal const int SetStatusFlags = 4;
+    internal const int Append = 0x400;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
@@ -8246,7 +8696,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
 
-    protected static string CheckPath(string path)
+    internal static string CheckPath(string path)
     {
         return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
@@ -8457,6 +8907,11 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>How long something has lasted, in the two units that matter.</summary>
+    internal static string Words(TimeSpan time) =>
+        time.TotalDays >= 1 ? $"{time.Days}d {time.Hours}h" : time.TotalHours >= 1 ? $"{time.Hours}h {time.Minutes}m"
+        : time.TotalMinutes >= 1 ? $"{time.Minutes}m {time.Seconds}s" : $"{time.Seconds}s";
 
     /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
     /// <exception cref="FormatException">there is no such moment</exception>
@@ -8705,6 +9160,7 @@ internal static class Text
     internal static string Escape(string text)
     {
         if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
+            && text.AsSpan().IndexOfAnyInRange('\u2028', '\u202e') < 0 && text.AsSpan().IndexOfAnyInRange('\u2066', '\u2069') < 0
             && text.AsSpan().IndexOfAny('"', '\\') < 0)
         {
             return text;
@@ -8719,7 +9175,7 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') =>
+                < ' ' or (>= '\u007f' and <= '\u009f') or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069') =>
                     escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
                 _ => escaped.Append(c),
             };
