@@ -3150,8 +3150,8 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline, ConnectionLine? told)
-        : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline,
+        ConnectionLine? told = null) : Watched
     {
         internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
@@ -3291,7 +3291,11 @@ internal sealed class UpstreamPool(
     internal List<string> States()
     {
         List<string> states = [];
-        Array.ForEach(_balancers, balancer => states.AddRange(balancer?.States() ?? []));
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            states.AddRange(BalancerOf(i).States());
+        }
+
         return states;
     }
 
@@ -3830,8 +3834,8 @@ internal class Bridge : PumpOwner
 
     /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
-        Conversation? taps)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates = null,
+        Conversation? taps = null)
     {
         (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
@@ -7494,8 +7498,8 @@ internal sealed class Log : IDisposable
         }
         catch (IOException e)
         {
-            lines.Insert(0, new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
-            lines[0].Stamp();
+            lines.Add(new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
+            lines[^1].Stamp();
         }
 
         return true;
@@ -7504,25 +7508,21 @@ internal sealed class Log : IDisposable
     /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
     private void Open()
     {
+        FileStream? before = _file;
+        _file = _settings.File is { } file && _settings.Format != LogFormat.Off ? AppendTo(file) : null;
+        before?.Dispose();
         _socket?.Dispose();
         (_socket, _retryAt) = (null, 0);
-        if (_settings.File is not { } file || _settings.Format == LogFormat.Off)
-        {
-            return;
-        }
+    }
 
+    private static FileStream AppendTo(string file)
+    {
         try
         {
             // not FileMode.Append, to which a file that is truncated meanwhile is an error
-            FileStream opened = new(
-                file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
-            if (Libc.IsThere)
-            {
-                _ = Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append);
-            }
-
-            _file?.Dispose();
-            _file = opened;
+            FileStream opened = new(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
+            _ = Libc.IsThere ? Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append) : 0;
+            return opened;
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -7592,7 +7592,8 @@ internal sealed class Log : IDisposable
                 _socket?.Dispose();
                 (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
                 StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
-                    : Encoding.UTF8.GetBytes($"tcpproxy: lines of the log are lost: {path}: {Text.Escape(Text.Reason(e))}\n"));
+                    : Encoding.UTF8.GetBytes(Text.Escape($"tcpproxy: lines of the log are lost: cannot send them to {path}: "
+                        + (File.Exists(path) ? Text.Reason(e) : "no such file or directory")) + "\n"));
             }
         }
 
