@@ -1449,7 +1449,7 @@ internal sealed class Proxy
 
     private HaproxyLine NewHaproxyLine(Route route) => new(route.Title, server =>
     {
-        Load load = new() { Process = Volatile.Read(ref _serving) - 1, Route = route.Limit.Count };
+        Load load = new() { OfProcess = Volatile.Read(ref _serving) - 1, OfRoute = route.Limit.Count };
         route.Pools.ForEach(pool => pool.AddTo(ref load, server));
         return load;
     });
@@ -3277,12 +3277,12 @@ internal sealed class UpstreamPool(
     {
         foreach (Balancer? balancer in _balancers)
         {
-            load.Pool += balancer?.Line?.Count ?? 0;
+            load.OfPools += balancer?.Line?.Count ?? 0;
             foreach (Server server in balancer?.Known ?? [])
             {
                 int active = Volatile.Read(ref server.Active);
-                load.Pool += active;
-                load.Server += server.Title == title ? active : 0;
+                load.OfPools += active;
+                load.OfServer += server.Title == title ? active : 0;
             }
         }
     }
@@ -6868,8 +6868,8 @@ internal sealed class FirstBytes : IDisposable
 
 // == 12  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
-// writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
-// counted, and the count is said when the reader is back.
+// writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
+// the queue are dropped, counted, and the count is said when the reader is back.
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
@@ -7074,7 +7074,7 @@ internal class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection
     internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
 
     protected override string Name => End.Length > 0 ? base.Name : "connection-long";
-    protected string Route => route;
+    protected string RouteTitle => route;
     protected long ConnectTime { get; private set; } = -1; // ms, as below; -1 = never connected
     protected long Duration { get; private set; }
     protected string End { get; private set; } = ""; // not yet
@@ -7145,10 +7145,10 @@ internal class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection
 /// <summary>Connections at one moment, as HAProxy counts them.</summary>
 internal struct Load
 {
-    internal int Process;
-    internal int Route;
-    internal int Pool; // of the route, and those who wait for a server
-    internal int Server;
+    internal int OfProcess;
+    internal int OfRoute;
+    internal int OfPools; // of the route, and those who wait for a server
+    internal int OfServer;
 }
 
 /// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
@@ -7196,13 +7196,13 @@ internal sealed class HaproxyLine(string route, Func<string, Load> load) : Conne
         int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
         text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
         text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
-        text.AppendName(Route);
+        text.AppendName(RouteTitle);
         text.Append(" ");
-        text.AppendName(Route);
+        text.AppendName(RouteTitle);
         text.Append("/");
         text.AppendName(_server);
         text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{Duration} {plus}{BytesDown} "
-            + $"{(End.Length > 0 ? End : "--")} {_load.Process}/{_load.Route}/{_load.Pool}/{_load.Server}/"
+            + $"{(End.Length > 0 ? End : "--")} {_load.OfProcess}/{_load.OfRoute}/{_load.OfPools}/{_load.OfServer}/"
             + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}\n"); // it is another server that is tried again
     }
 }
