@@ -7306,6 +7306,7 @@ internal sealed class Log : IDisposable
     private const int Chunk = 32 << 10; // bytes written at once
 
     private readonly LogSettings _settings;
+    private readonly long _long; // ms
     private readonly Queue<LogLine> _queue = []; // under itself, as all below it
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
@@ -7320,7 +7321,11 @@ internal sealed class Log : IDisposable
     private long _unsent; // lines, since nobody has listened
     private Thread? _writer;
 
-    internal Log(LogSettings settings) => _settings = settings;
+    internal Log(LogSettings settings)
+    {
+        _settings = settings;
+        _long = settings.Long > TimeSpan.Zero ? (long)settings.Long.TotalMilliseconds : long.MaxValue;
+    }
 
     public void Dispose() => Stop(0);
 
@@ -7369,8 +7374,8 @@ internal sealed class Log : IDisposable
     /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
     internal bool IsDue(long now, long startedAt)
     {
-        long period = (long)_settings.Long.TotalMilliseconds;
-        return period > 0 && now - startedAt >= period && (now - startedAt) / period > (Sweep.LastLook - startedAt) / period;
+        long age = now - startedAt;
+        return age >= _long && age / _long > (Sweep.LastLook - startedAt) / _long;
     }
 
     /// <summary>Lines that nobody will ever read.</summary>
