@@ -3019,7 +3019,8 @@ internal sealed class Balancer(
     {
         lock (_gate)
         {
-            List<UpstreamSettings> left = [.. upstreams];
+            List<UpstreamSettings> left = [.. upstreams]; // and those gone before which still have connections
+            _known.ForEach(server => left.AddRange(left.Contains(server.Upstream) ? [] : [server.Upstream]));
             foreach (UpstreamSettings upstream in newUpstreams)
             {
                 UpstreamSettings? same = left.Find(
