@@ -161,7 +161,7 @@ internal static class Program
             context.Cancel = true; // the runtime would end the process
             if (context.Signal == PosixSignal.SIGHUP)
             {
-                proxy.Reload();
+                proxy.Reload(out _);
             }
             else
             {
@@ -1305,8 +1305,8 @@ internal sealed class Proxy
     }
 
     /// <summary>HUP: reads the file and the lists of access rules again, and applies the difference, or nothing where anything is
-    /// wrong. Returns what was said in the log of it. A dry run only says what would be different.</summary>
-    internal string Reload(bool isDry = false)
+    /// wrong: false then. <paramref name="words"/> is what the log says of it. A dry run only says what would be different.</summary>
+    internal bool Reload(out string words, bool isDry = false)
     {
         lock (_changing)
         {
@@ -1314,7 +1314,8 @@ internal sealed class Proxy
             LogLevel level = LogLevel.Info;
             try
             {
-                outcome = _routes.Count == 0 || _stopping.Task.IsCompleted ? ["not while it starts or stops"] : Change(isDry);
+                outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
+                    : throw new IOException("this process starts or stops");
             }
             catch (Exception e) when (e is FormatException or IOException)
             {
@@ -1326,7 +1327,8 @@ internal sealed class Proxy
                 Array.ForEach(outcome, line => _log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
             }
 
-            return string.Join('\n', outcome);
+            words = string.Join('\n', outcome);
+            return level == LogLevel.Info;
         }
     }
 

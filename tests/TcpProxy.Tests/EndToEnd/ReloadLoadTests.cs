@@ -1,4 +1,5 @@
 using System;
+using System.Diagnostics;
 using System.IO;
 using System.Linq;
 using System.Net;
@@ -69,6 +70,95 @@ public sealed class ReloadLoadTests : EndToEndTest
             {(i % 3 == 0 ? "#" : string.Empty)}upstream echo
 
             """;
+    }
+
+    /// <summary>systemd-socket-activate holds nothing once it has started its command: so the command is a supervisor that has the
+    /// socket and starts one proxy after the other on it, of two binaries in turn, now before the old one is told to end, now after.</summary>
+    [Fact(Timeout = Slow)]
+    public async Task With_the_sockets_of_systemd_a_new_binary_takes_over_and_no_client_notices()
+    {
+        const int Restarts = 20;
+        string activate = Tool.Need("systemd-socket-activate", "systemd");
+        Tool.Need("bash", "bash");
+        File.Copy(ProxyProcess.Binary, Given.Path("binary0"));
+        File.Copy(ProxyProcess.Binary, Given.Path("binary1"));
+        Upstream server = Given.Echo();
+        int port = Given.FreePorts(1);
+        string script = Given.Write("supervisor", $$"""
+            cd {{Given.Folder}}
+            start() {
+                (LISTEN_PID=$BASHPID exec ./binary$(($1 % 2)) -l fd:web -u {{server.Address}} -u {{server.Address}} --port-file ports$1 2>log$1) &
+                new=$!
+            }
+            await() { for n in $(seq 6000); do [ -e $1 ] && return; sleep 0.01; done; kill $new; exit 1; }
+            start 0
+            await ports0
+            await begin
+            for i in $(seq {{Restarts}}); do
+                old=$new
+                if [ $(($i % 2)) = 1 ]; then
+                    start $i
+                    await ports$i
+                    kill $old
+                else
+                    kill $old
+                    until grep -q event=draining log$(($i - 1)); do sleep 0.01; done
+                    start $i
+                fi
+                sleep 0.3
+            done
+            touch done
+            await end
+            kill $new
+            for i in $(seq 0 {{Restarts}}); do wait -n || exit 1; done
+            """);
+        ProcessStartInfo start = new(activate, ["--fdname=web", "-l", $"127.0.0.1:{port}", Tool.Find("bash")!, script])
+        {
+            RedirectStandardError = true,
+        };
+        Process supervisor = Given.Owned(Process.Start(start)!);
+        Given.AtEnd(async () =>
+        {
+            File.WriteAllText(Given.Path("begin"), string.Empty);
+            File.WriteAllText(Given.Path("end"), string.Empty);
+            await supervisor.WaitForExitAsync(); // in any case: it has its own patience
+        });
+        Task<string> chatter = supervisor.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken);
+        IPEndPoint target = new(IPAddress.Loopback, port);
+        Peer? first = null;
+        await Wait.Until(() => (first = TryConnect(target)) is not null, "systemd-socket-activate to listen");
+        Peer stays = Given.Client(first!);
+        await stays.Ask("hello");
+        Traffic traffic = new(target);
+        File.WriteAllText(Given.Path("begin"), string.Empty);
+        await traffic.Run(int.MaxValue, 64, () => File.Exists(Given.Path("done")));
+        await stays.Ask("still with the first one, which has been draining for long");
+        stays.Finish();
+        await stays.ExpectEnd();
+        File.WriteAllText(Given.Path("end"), string.Empty);
+        await supervisor.WaitForExitAsync(TestContext.Current.CancellationToken).Within($"the end of the supervisor");
+        Assert.True(supervisor.ExitCode == 0, $"exit status {supervisor.ExitCode}: {await chatter}");
+        traffic.Check();
+        int[] served = [.. Enumerable.Range(0, Restarts + 1).Select(i => File.ReadLines(Given.Path($"log{i}")).Count(
+            line => line.Contains("event=connection", StringComparison.Ordinal) && line.Contains("end=-- ", StringComparison.Ordinal)))];
+        TestContext.Current.TestOutputHelper?.WriteLine($"{traffic.Done} connections in {traffic.Seconds:f1} s: {string.Join(' ', served)}");
+        Assert.Equal(traffic.Done + 1, served.Sum());
+        Assert.All(served, count => Assert.True(count > 0, "a proxy that served nobody"));
+
+        static Peer? TryConnect(IPEndPoint target)
+        {
+            Socket socket = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
+            try
+            {
+                socket.Connect(target);
+                return new Peer(socket);
+            }
+            catch (SocketException)
+            {
+                socket.Dispose();
+                return null;
+            }
+        }
     }
 }
 
