@@ -83,10 +83,11 @@ public sealed class LogTests : EndToEndTest
               server one 127.0.0.1:{upstream.Port}
 
             """);
-        Tool.Background(Given, "/bin/sh", "-c", $"exec {haproxy} -f {config} >{log}");
+        Tool.Background(Given, "/bin/sh", "-c", $"TZ=Asia/Tokyo exec {haproxy} -f {config} >{log}");
         string file = Given.Path("our.log");
         string ours = Given.Path("our.sock");
         ProxyProcess proxy = await Given.Proxy(
+            new Launch { Environment = { ["TZ"] = "Asia/Tokyo" } },
             "--retries", "0", "--log", "haproxy", "--log-file", file, "--log-long", "200ms",
             "-l", "127.0.0.1:0", "--name", "plain", "-u", $"{upstream.Address} name=one",
             "-l", "127.0.0.1:0", "--name", "refused", "-u", $"127.0.0.1:{refusing} name=one",
@@ -417,6 +418,29 @@ public sealed class LogTests : EndToEndTest
         await proxy.Connection(l => l.BytesUp == 5);
         Assert.Equal(0, await proxy.Stop());
         Assert.Equal(2, proxy.Lines.Count(l => l.Event == "connection"));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_reload_changes_which()
+    {
+        string file = Given.Path("proxy.conf");
+        File.WriteAllText(file, "log-skip-empty\nlisten 127.0.0.1:0\nupstream echo\n");
+        ProxyProcess proxy = await Given.Proxy("-c", file);
+        await Probe();
+        File.WriteAllText(file, "log-long 300ms\nlisten 127.0.0.1:0\nupstream echo\n");
+        Peer client = await Given.Client(proxy);
+        proxy.Signal(1);
+        await proxy.Line("connection-long", l => l["client"] == client.Local);
+        Assert.DoesNotContain(proxy.Lines, l => l.Event == "connection");
+        await Probe();
+        await proxy.Connection(l => l.BytesUp == 0);
+
+        async Task Probe()
+        {
+            using Peer probe = await Peer.Connect(proxy.Endpoint());
+            probe.Finish();
+            await probe.ExpectEnd();
+        }
     }
 
     // ---- the state
