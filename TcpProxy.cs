@@ -2223,10 +2223,13 @@ internal sealed class WindowedBridge(
     }
 }
 
-/// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
+/// <summary>At most so many at once (0 = any number), here and in all that encloses it.</summary>
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 {
     private int _count;
+
+    internal int Most { get; set; } = most;
+    internal int Count => Volatile.Read(ref _count);
 
     internal bool TryEnter()
     {
@@ -2234,7 +2237,7 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
         do
         {
             count = Volatile.Read(ref _count);
-            if (most != 0 && count >= most)
+            if (Most is int most && most != 0 && count >= most)
             {
                 return false;
             }
@@ -2459,6 +2462,8 @@ internal sealed class Refusals(string route, Log log) : Watched
 //     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
 //     up, down -- --check-fall failed checks (Checked) --> down until checks go well
 //     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
+//
+// What an administrator says of a server (--control) is no opinion: one that is out is not tried, whatever else there is.
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
@@ -2557,8 +2562,10 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal string Title { get; set; } = ""; // for the log, and for Maglev
-    internal int Weight => Upstream.Weight;
-    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal int Weight => OwnWeight ?? Upstream.Weight;
+    internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
+    internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal bool IsOut => Weight == 0 || Mode != ServerMode.Ready;
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
@@ -2568,6 +2575,9 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
     internal bool IsChecked { get; set; } // by a loop of its own
+    internal ServerMode Mode { get; set; } // an administrator's, as both below; null = as typed
+    internal int? OwnWeight { get; set; }
+    internal int? OwnMaxConnections { get; set; }
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -2584,7 +2594,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal void Leave()
     {
         Interlocked.Decrement(ref Active);
-        Balancer.Line?.Serve();
+        Balancer.Line.Serve();
     }
 }
 
@@ -2615,9 +2625,8 @@ internal sealed class Balancer(
     private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
 
-    /// <summary>Where clients wait for room; null where there is no bound.</summary>
-    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.MaxConnections > 0) ? null
-        : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
+    /// <summary>Where clients wait for room.</summary>
+    internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
 
@@ -2646,7 +2655,7 @@ internal sealed class Balancer(
             Volatile.Write(ref _changes, changes);
         }
 
-        Line?.Serve();
+        Line.Serve();
     }
 
     /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
@@ -2671,7 +2680,12 @@ internal sealed class Balancer(
                 && (resolver is null || server.Targets[0].Equals(targets[0])));
             if (server is null)
             {
+                List<Server> others = _known.FindAll(other => other.Upstream == upstream);
                 _known.Add(server = new Server(this, upstream, resolver, targets));
+                if (others.Count > 0 && others.TrueForAll(other => other.Mode == others[0].Mode))
+                {
+                    server.Mode = others[0].Mode; // a new address of a name that is out
+                }
             }
 
             server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
@@ -2688,7 +2702,7 @@ internal sealed class Balancer(
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ IsOut: false, MaxConnections: 0 } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -2723,7 +2737,7 @@ internal sealed class Balancer(
         {
             int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
                 : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
-            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
+            if (rank > best || server.IsOut || tried?.Contains(server) == true)
             {
                 continue;
             }
@@ -2817,7 +2831,7 @@ internal sealed class Balancer(
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.MaxConnections > 0)
         {
             return null;
         }
@@ -2826,7 +2840,7 @@ internal sealed class Balancer(
         lock (_gate)
         {
             racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
-                && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
+                && !other.IsOut && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
         return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
@@ -2834,7 +2848,7 @@ internal sealed class Balancer(
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
     internal bool HasOther(Server server, List<Server> tried) =>
-        Array.Exists(Servers, other => other.Upstream == server.Upstream && !tried.Contains(other));
+        Array.Exists(Servers, other => other.Upstream == server.Upstream && !other.IsOut && !tried.Contains(other));
 
     // ---- up and down
 
@@ -2883,6 +2897,11 @@ internal sealed class Balancer(
 
         lock (_gate)
         {
+            if (server.Mode == ServerMode.Maintenance)
+            {
+                return; // it was on its way
+            }
+
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
             if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
@@ -2912,6 +2931,48 @@ internal sealed class Balancer(
             server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
             log.ServerState(route, server.Title, !isDown, reason);
         }
+    }
+
+    // ---- an administrator's words
+
+    /// <summary>Back from maintenance, in which nobody has looked at it, a server is up; the first check that fails says
+    /// otherwise.</summary>
+    internal void Put(Server server, ServerMode mode)
+    {
+        lock (_gate)
+        {
+            if (server.Mode == ServerMode.Maintenance && mode != ServerMode.Maintenance)
+            {
+                (server.IsDown, server.Until, server.Fails) = (false, 0, 0);
+                server.Contrary = server.IsChecked ? settings.CheckFall - 1 : 0;
+            }
+
+            if (server.Mode != mode)
+            {
+                log.ServerState(route, server.Title, mode);
+                server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
+                server.Mode = mode;
+            }
+        }
+
+        Line.Serve();
+    }
+
+    internal void Weigh(Server server, int weight)
+    {
+        lock (_gate)
+        {
+            server.OwnWeight = weight;
+            _table = [];
+        }
+
+        Line.Serve();
+    }
+
+    internal void Bound(Server server, int most)
+    {
+        server.OwnMaxConnections = most;
+        Line.Serve();
     }
 }
 
@@ -3132,7 +3193,7 @@ internal sealed class UpstreamPool(
         List<Server>? tried = null;
         for (int retries = connect.Retries; ; deadline = Watched.Deadline(connect.Timeout))
         {
-            bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
+            bool isFull = balancer.Line.IsHeldUp && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
@@ -3196,6 +3257,18 @@ internal sealed class UpstreamPool(
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
+    /// <summary>Those there are now, of every port.</summary>
+    internal List<Server> Servers()
+    {
+        List<Server> servers = [];
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            servers.AddRange(BalancerOf(i).Servers);
+        }
+
+        return servers;
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3213,7 +3286,7 @@ internal sealed class UpstreamPool(
         Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
     {
         Server? server = null;
-        CloseReason? refusal = await balancer.Line!.EnterAsync(
+        CloseReason? refusal = await balancer.Line.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
             client, tried is not null, hasSpoken);
         return (server, refusal);
@@ -3305,8 +3378,9 @@ internal sealed class UpstreamPool(
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
-            CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking)
+            bool isLookedAt = server.Mode != ServerMode.Maintenance;
+            CloseReason? failure = isLookedAt ? await ProbeAsync(server) : null;
+            if (_isChecking && isLookedAt)
             {
                 server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
@@ -3864,6 +3938,9 @@ internal class Bridge : PumpOwner
     // ---- timeouts: called by the sweep, one to forty times a second
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
+
+    /// <summary>An administrator ends it.</summary>
+    public void ShutDown() => Abort(CloseReason.ShutDown);
 
     internal override bool Check(long now)
     {
@@ -6776,6 +6853,7 @@ internal sealed class CloseReason(
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason ShutDown = new("KD", "shut down by control");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
     internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
@@ -6892,6 +6970,14 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
 internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text) => text.Add(key, count);
+}
+
+/// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
+internal enum ServerMode
+{
+    Ready,
+    Drain, // no new connections
+    Maintenance, // and no checks
 }
 
 /// <summary>A server goes down or comes up.</summary>
@@ -7078,6 +7164,9 @@ internal sealed class Log : IDisposable
 
     internal void ServerState(string route, string server, bool isUp, string reason) =>
         Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
+
+    internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
+        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
 
     internal void Ended(ConnectionLine line) => Write(line);
 
