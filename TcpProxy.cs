@@ -133,6 +133,7 @@ internal static class Program
                 Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                Command.Control => Tell(settings),
                 _ => await RunAsync(settings),
             };
         }
@@ -162,6 +163,12 @@ internal static class Program
             context.Cancel = true; // the runtime would end the process
             (context.Signal == PosixSignal.SIGHUP ? (Action)proxy.Reload : proxy.Stop)();
         }
+    }
+
+    private static int Tell(Settings settings)
+    {
+        (string answer, bool isError) = ControlClient.Ask(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout);
+        return Print(answer) == ExitStatus.Done && !isError ? ExitStatus.Done : ExitStatus.Failed;
     }
 
     private static int Print(string text) =>
@@ -430,6 +437,15 @@ internal sealed class Option(
         new("log-level", '\0', "LEVEL", "observe", Scope.Process, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
+            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
+            + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
+            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } address ? address
+                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH")),
+        new("ctl", '\0', "PATH COMMAND...", "observe", Scope.CommandLine, "",
+            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
+            + "or 1 when it is an error, or has not come within --timeout.",
+            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
 
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
@@ -469,7 +485,7 @@ internal sealed class Option(
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
             (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
         new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
-            "How long --wait-for waits.",
+            "How long --wait-for and --ctl wait.",
             (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
         new("quiet", 'q', "", "run", Scope.Process, "",
             "Log warnings and errors only.",
@@ -544,6 +560,11 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
+        else if (settings.Command == Command.Control)
+        {
+            settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
+                : throw new FormatException("--ctl: no command follows; 'help' lists them");
+        }
         else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain)
         {
             AddRoutes(settings, defaults, typed, positional);
@@ -581,6 +602,11 @@ internal static class CommandLine
             else if (word[1] == '-')
             {
                 ReadLong(word, words, typed);
+                if (typed[^1].Option.Name == "ctl")
+                {
+                    positional.AddRange(words); // the command, whatever it looks like
+                    return;
+                }
             }
             else
             {
@@ -846,6 +872,7 @@ internal static class Help
           tcpproxy [DEFAULTS] -l LISTEN -u UPSTREAM... [OPTIONS] [-l ...]      many routes
           tcpproxy -c FILE [OPTIONS]                                           the same options from a file
           tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
+          tcpproxy --ctl PATH COMMAND...                                       tell a running proxy something
 
         """;
 
@@ -936,6 +963,7 @@ internal enum Command
     CheckConfig,
     Explain,
     WaitFor,
+    Control,
 }
 
 /// <summary>All that was asked for.</summary>
@@ -945,6 +973,9 @@ internal sealed class Settings
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal string ControlPath { get; set; } = ""; // of --ctl
+    internal string ControlCommand { get; set; } = "";
+    internal ListenAddress? Control { get; set; }
     internal ExplainQuery? Explain { get; set; }
     internal List<RouteSettings> Routes { get; } = [];
     internal Dictionary<string, AccessFile> AccessFiles { get; } = []; // of all routes, by their paths
@@ -1147,6 +1178,7 @@ internal sealed class Proxy
     private readonly Settings _settings;
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly List<Acceptor> _controls = []; // owned; disposed at the end
     private readonly List<UpstreamPool> _pools = [];
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1161,7 +1193,10 @@ internal sealed class Proxy
         _settings = settings;
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
+        Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
+
+    internal ConnectionLimit Limit { get; }
 
     /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
@@ -1174,6 +1209,7 @@ internal sealed class Proxy
             Bind();
             WriteFiles();
             _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
+            _controls.ForEach(acceptor => _ = acceptor.RunAsync());
             _pools.ForEach(pool => pool.StartChecks());
             _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
             await _stopping.Task;
@@ -1182,6 +1218,7 @@ internal sealed class Proxy
         finally
         {
             StopAccepting();
+            _controls.ForEach(acceptor => acceptor.Dispose());
             _files.ForEach(WholeFile.Remove);
             _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
@@ -1217,11 +1254,10 @@ internal sealed class Proxy
 
     private void Bind()
     {
-        ConnectionLimit processLimit = new(_settings.MaxConnections, null);
         List<TimeSpan> bounds = [_settings.DrainTimeout];
         foreach (RouteSettings settings in _settings.Routes)
         {
-            Route route = new(settings, processLimit, _log);
+            Route route = new(settings, Limit, _log);
             _pools.AddRange(route.Pools);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
@@ -1243,7 +1279,26 @@ internal sealed class Proxy
             _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
         }
 
+        BindControl();
         Sweep.Start(bounds);
+    }
+
+    private void BindControl()
+    {
+        if (_settings.Control is not { } address)
+        {
+            return;
+        }
+
+        try
+        {
+            ControlServer server = new(words => ControlCommand.Answer(this, words), _log);
+            Acceptor.Bind(address, _log, (client, _) => server.Accepted(client), _controls, isPrivate: true);
+        }
+        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--control: cannot listen on {address.Text}: {Text.Reason(e)}");
+        }
     }
 
     private void WriteFiles()
@@ -1631,11 +1686,11 @@ internal sealed class Acceptor : IDisposable
 
     // ---- binding
 
-    /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>.</summary>
+    /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>. The path of a private one is its owner's.</summary>
     /// <exception cref="SocketException">an address cannot be bound</exception>
     /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
     internal static void Bind(
-        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors)
+        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors, bool isPrivate = false)
     {
         switch (address.Kind)
         {
@@ -1680,6 +1735,11 @@ internal sealed class Acceptor : IDisposable
             if (socket.AddressFamily != AddressFamily.Unix)
             {
                 SocketOptions.Relay(socket);
+            }
+
+            if (isPrivate && path is not null && !OperatingSystem.IsWindows())
+            {
+                File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite); // nobody can have connected yet
             }
 
             socket.Listen(Backlog);
@@ -7289,6 +7349,194 @@ internal sealed class Log : IDisposable
     }
 }
 
+// ---- control
+
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
+/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+internal sealed class ControlServer(Func<string[], string> answer, Log log)
+{
+    private const int MostClients = 16;
+    private const int LongestLine = 16 << 10; // bytes
+    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
+    private const int Slowest = 10_000; // ms
+    private const int Idle = 60_000; // ms
+
+    private int _clients;
+
+    /// <summary>The socket is ours from here on.</summary>
+    internal void Accepted(Socket client)
+    {
+        if (Interlocked.Increment(ref _clients) <= MostClients)
+        {
+            _ = Task.Run(() => ServeAsync(client));
+            return;
+        }
+
+        Interlocked.Decrement(ref _clients);
+        client.Dispose();
+    }
+
+    private async Task ServeAsync(Socket client)
+    {
+        try
+        {
+            using CancellationTokenSource time = new();
+            byte[] bytes = new byte[LongestLine];
+            Conduct conduct = new();
+            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            {
+                time.CancelAfter(Idle);
+                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
+                length += received;
+                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+                if (end == 0 && length == LongestLine)
+                {
+                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                    return;
+                }
+
+                if (end > 0)
+                {
+                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+                }
+
+                bytes.AsSpan(end, length - end).CopyTo(bytes);
+                length -= end;
+            }
+        }
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
+        {
+            // it has left, or is too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
+        }
+    }
+
+    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
+    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
+    {
+        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
+        {
+            if (!conduct.HasQuit)
+            {
+                await SendAsync(client, Answer(command, conduct), time);
+            }
+        }
+
+        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
+    }
+
+    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
+    {
+        byte[] bytes = Encoding.UTF8.GetBytes(text);
+        for (int start = 0; start < bytes.Length; start += Chunk)
+        {
+            time.CancelAfter(Slowest);
+            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
+        }
+    }
+
+    private string Answer(string command, Conduct conduct)
+    {
+        string text;
+        try
+        {
+            string[] words = Text.Words(command);
+            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
+            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
+            {
+                return "";
+            }
+        }
+        catch (FormatException e)
+        {
+            text = conduct.Mark + e.Message;
+        }
+
+        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
+    }
+
+    /// <summary>What a client has said about its connection.</summary>
+    private sealed class Conduct
+    {
+        internal bool HasQuit { get; private set; }
+        internal bool IsOver { get; set; }
+        internal bool IsPrompting { get; private set; }
+        internal string Mark { get; private set; } = ""; // in front of an error, for programs
+
+        /// <summary>The answer; null to any other command.</summary>
+        internal string? Take(string[] words)
+        {
+            bool isSeverity = words is ["set", "severity-output", ..];
+            HasQuit = words[0] == "quit";
+            IsPrompting ^= words[0] == "prompt";
+            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
+                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
+                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
+            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
+        }
+    }
+}
+
+/// <summary>--ctl</summary>
+internal static class ControlClient
+{
+    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
+    /// <exception cref="IOException">there is none</exception>
+    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
+    {
+        try
+        {
+            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
+            using MemoryStream answer = new();
+            byte[] bytes = new byte[64 << 10];
+            for (int received; (received = socket.Receive(bytes)) > 0;)
+            {
+                answer.Write(bytes, 0, received);
+            }
+
+            return Read(Encoding.UTF8.GetString(answer.ToArray()));
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
+                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
+        }
+    }
+
+    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
+    private static (string Text, bool IsError) Read(string answer)
+    {
+        StringBuilder text = new();
+        bool isError = false;
+        bool isFirst = true; // of an answer
+        foreach (string line in answer.Trim('\n').Split('\n'))
+        {
+            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
+            string words = isMarked ? line[5..] : line;
+            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
+                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
+            text.Append(words).Append('\n');
+            isFirst = line.Length == 0;
+        }
+
+        return (text.Length > 1 ? text.ToString() : "", isError);
+    }
+}
+
 // == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
@@ -8351,6 +8599,9 @@ internal sealed class ListenAddress : Address
         : base(text, kind, host, port, lastPort)
     {
     }
+
+    /// <summary>PATH or unix:PATH</summary>
+    internal static string ParsePath(string text) => CheckPath(After("unix:", text, "path") ?? text);
 
     /// <exception cref="FormatException">it is no listen address</exception>
     internal static ListenAddress Parse(string text)
