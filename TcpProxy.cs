@@ -1071,6 +1071,7 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        Stats = new RouteStats(Title);
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = settings.Pool.Queue == 0 ? null
             : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
@@ -1084,7 +1085,7 @@ internal sealed class Route
             if (known is null)
             {
                 UpstreamPool pool = new(
-                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
+                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Stats, log);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1101,6 +1102,7 @@ internal sealed class Route
 
     internal RouteSettings Settings { get; }
     internal string Title { get; }
+    internal RouteStats Stats { get; }
     internal ConnectionLimit Limit { get; }
     internal WaitingLine? Line { get; } // for room among the connections
     internal Refusals Refusals { get; }
@@ -1127,6 +1129,16 @@ internal sealed class Route
         Line?.Serve();
     }
 
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal RouteStats Look()
+    {
+        List<ServerStats> servers = [];
+        int queued = Line?.Count ?? 0;
+        Pools.ForEach(pool => queued += pool.Look(servers));
+        (Stats.Servers, Stats.Queued) = (servers, queued);
+        return Stats;
+    }
+
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
     {
@@ -1140,13 +1152,14 @@ internal sealed class Route
     }
 }
 
-internal sealed class Proxy
+internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
 
     private readonly Settings _settings;
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private readonly List<Route> _routes = [];
     private readonly List<UpstreamPool> _pools = [];
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1162,6 +1175,10 @@ internal sealed class Proxy
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
     }
+
+    public bool IsDraining => _stopping.Task.IsCompleted;
+
+    public List<RouteStats> Look() => _routes.ConvertAll(route => route.Look());
 
     /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
@@ -1222,6 +1239,7 @@ internal sealed class Proxy
         foreach (RouteSettings settings in _settings.Routes)
         {
             Route route = new(settings, processLimit, _log);
+            _routes.Add(route);
             _pools.AddRange(route.Pools);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
@@ -1318,7 +1336,7 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title);
+        ConnectionLine line = new(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1326,6 +1344,7 @@ internal sealed class Proxy
         Conversation? taps = null;
         try
         {
+            route.Stats.Accepted();
             line.Client = client.RemoteEndPoint;
             if (_log.Has(LogLevel.Debug))
             {
@@ -1347,6 +1366,7 @@ internal sealed class Proxy
                 return;
             }
 
+            route.Stats.Entered();
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
             if (reason is null && route.Addresses is { } addresses)
@@ -1366,7 +1386,7 @@ internal sealed class Proxy
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server);
+                line.Connected(connection.Server, connection.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1376,8 +1396,7 @@ internal sealed class Proxy
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge, line)
-                    : RelayTappedAsync(route, connection, bridge, line, taps);
+                _ = taps is null ? RelayAsync(route, connection, bridge) : RelayTappedAsync(route, connection, bridge, taps);
                 return;
             }
 
@@ -1422,33 +1441,33 @@ internal sealed class Proxy
         BridgeSettings settings = route.Settings.Bridge;
         AccessRules access = route.Settings.Access;
         return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
-            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
+            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private async Task RelayAsync(Route route, Connection connection, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge, line);
+        Ended(route, connection, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge, line);
+        Ended(route, connection, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private void Ended(Route route, Connection connection, Bridge bridge)
     {
         connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -1466,7 +1485,7 @@ internal sealed class Proxy
         }
 
         return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
-            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1500,6 +1519,8 @@ internal sealed class Proxy
             route.Leave();
         }
 
+        line.Ended(reason);
+        route.Stats.Ended(line, reason, isAdmitted);
         if (reason.Error is { } error)
         {
             _log.Event(LogLevel.Error, "internal-error", error.ToString());
@@ -1511,8 +1532,7 @@ internal sealed class Proxy
         }
         else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            line.Ended(reason.Code, reason.Words); // (8)
-            _log.Ended(line);
+            _log.Ended(line); // (8)
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
@@ -1922,7 +1942,7 @@ internal sealed class AccessRules
     internal CloseReason? Refuse(EndPoint? client)
     {
         Verdict verdict = Judge(client, DateTime.UtcNow);
-        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true, kind: "access rule");
     }
 }
 
@@ -2205,17 +2225,17 @@ internal sealed class Schedule
 /// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
 /// turns.</summary>
 internal sealed class WindowedBridge(
-    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
-    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
+    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
 {
     private int _minute = DateTime.UtcNow.Minute;
 
     internal override bool Check(long now)
     {
         DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
         {
-            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end"));
         }
 
         _minute = utc.Minute;
@@ -2557,6 +2577,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal string Title { get; set; } = ""; // for the log, and for Maglev
+    internal ServerStats Stats { get; } = new(balancer.RouteStats);
     internal int Weight => Upstream.Weight;
     internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
 
@@ -2580,6 +2601,15 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
     }
 
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal ServerStats Look(long now)
+    {
+        (Stats.Title, Stats.Address) = (Title, Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text);
+        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, Upstream.MaxConnections);
+        (Stats.Current, Stats.IsUp) = (Volatile.Read(ref Active), IsUp(now));
+        return Stats;
+    }
+
     /// <summary>A connection has ended; whoever waits in line has the place.</summary>
     internal void Leave()
     {
@@ -2597,6 +2627,7 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
+    internal ServerStats? Stats => server?.Stats;
 
     internal void Release() => server?.Leave();
 }
@@ -2604,8 +2635,8 @@ internal readonly struct Connection(
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
 internal sealed class Balancer(
-    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
-    Log log)
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source,
+    RouteStats route, Log log)
 {
     private readonly Lock _gate = new();
     private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
@@ -2620,6 +2651,30 @@ internal sealed class Balancer(
         : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
+    internal RouteStats RouteStats { get; } = route;
+
+    /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        long now = Environment.TickCount64;
+        servers.AddRange(Array.ConvertAll(Servers, server => server.Look(now)));
+        for (int i = 0; i < upstreams.Length; i++)
+        {
+            if (resolvers[i] is { Addresses.Length: 0 } resolver)
+            {
+                servers.Add(new ServerStats(RouteStats)
+                {
+                    Title = $"{upstreams[i].Address.Host}:{Text.Of(upstreams[i].Address.PortAt(portIndex))}",
+                    Weight = upstreams[i].Weight,
+                    IsBackup = upstreams[i].IsBackup,
+                    IsUp = !resolver.HasFailed,
+                    LastFailure = resolver.HasFailed ? "name not resolved" : "",
+                });
+            }
+        }
+
+        return Line?.Count ?? 0;
+    }
 
     // ---- the servers
 
@@ -2842,6 +2897,11 @@ internal sealed class Balancer(
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
         bool isTelling = IsTelling(server, failure);
+        if (failure is not null && isTelling)
+        {
+            server.Stats.Failed(failure);
+        }
+
         if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
@@ -2881,6 +2941,7 @@ internal sealed class Balancer(
             return;
         }
 
+        server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
@@ -2910,7 +2971,8 @@ internal sealed class Balancer(
         {
             (server.IsDown, server.Fails) = (isDown, 0);
             server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
-            log.ServerState(route, server.Title, !isDown, reason);
+            server.Stats.Turned(isDown);
+            log.ServerState(RouteStats.Title, server.Title, !isDown, reason);
         }
     }
 }
@@ -3103,12 +3165,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route.Title, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private volatile bool _isChecking;
@@ -3158,6 +3220,8 @@ internal sealed class UpstreamPool(
             {
                 return last;
             }
+
+            server.Stats.Retried();
         }
     }
 
@@ -3167,7 +3231,7 @@ internal sealed class UpstreamPool(
         long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, new RouteStats(""), silent);
         Sweep.Start([connect.Timeout]);
         while (true)
         {
@@ -3194,6 +3258,18 @@ internal sealed class UpstreamPool(
         string why = settings.Policy == Policy.Source ? "by the client's address" : "while all are idle";
         string which = server is null ? "not known without a look-up" : $"{server.Title}, {why}";
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
+    }
+
+    /// <summary>Adds its servers; returns how many clients wait for one.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        int waiting = 0;
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            waiting += BalancerOf(i).Look(servers);
+        }
+
+        return waiting;
     }
 
     private Balancer BalancerOf(int portIndex)
@@ -3224,6 +3300,7 @@ internal sealed class UpstreamPool(
     private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
         Server? winner = null;
+        long began = Stopwatch.GetTimestamp();
         try
         {
             if (first.Targets.Length == 0)
@@ -3257,6 +3334,7 @@ internal sealed class UpstreamPool(
         }
         finally
         {
+            winner?.Stats.Connected(Stopwatch.GetElapsedTime(began), Volatile.Read(ref winner.Active));
             if (winner != first)
             {
                 first.Leave();
@@ -3402,6 +3480,9 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
+
+    /// <summary>The last look-up did, and there are no addresses from before.</summary>
+    internal bool HasFailed => _addresses.Length == 0 && Volatile.Read(ref _answeredAt) > 0;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
 
@@ -3706,7 +3787,7 @@ internal sealed class Rates(BridgeSettings settings)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal class Bridge : PumpOwner
+internal class Bridge : PumpOwner, ISession
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -3728,15 +3809,15 @@ internal class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
-        Conversation? taps = null)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
+        Conversation? taps)
     {
-        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
@@ -3753,8 +3834,9 @@ internal class Bridge : PumpOwner
         }
     }
 
-    internal long BytesUp => _up.Bytes;
-    internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
+    public ConnectionLine Line { get; }
+    public long BytesUp => _up.Bytes;
+    public long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
     /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
     internal Task Up { get; private set; } = Task.CompletedTask;
@@ -3798,7 +3880,7 @@ internal class Bridge : PumpOwner
         if (error is TapException { IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
-            Interlocked.CompareExchange(ref _reason, new CloseReason(end.Code, end.Message, isOrderly: true), null);
+            Interlocked.CompareExchange(ref _reason, OfTap(end), null);
             SocketOptions.ShutDown(_client, SocketShutdown.Both);
             SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
             Cancel();
@@ -3807,8 +3889,7 @@ internal class Bridge : PumpOwner
 
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message)
-                : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? OfTap(tap) : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -3824,6 +3905,9 @@ internal class Bridge : PumpOwner
             Abort(reason);
         }
     }
+
+    private static CloseReason OfTap(TapException end) =>
+        new(end.Code, end.Message, end.IsOrderly, kind: end.Message.Split(' ')[0]);
 
     internal override void Release()
     {
@@ -6700,7 +6784,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new CloseReason("PR", wrong);
+                return new CloseReason("PR", wrong, kind: "wrong PROXY header");
             }
 
             (Source, Destination) = (source, destination);
@@ -6764,7 +6848,7 @@ internal sealed class FirstBytes : IDisposable
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
 internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null, string? kind = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -6796,6 +6880,9 @@ internal sealed class CloseReason(
 
     internal string Code { get; } = code;
     internal string Words { get; } = words;
+
+    /// <summary>The words that it is counted under: without what clients or rules put into them.</summary>
+    internal string Kind { get; } = kind ?? words;
     internal bool IsOrderly { get; } = isOrderly;
 
     /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
@@ -6918,14 +7005,16 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
+internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms, as below; -1 = never connected
-    private long _duration;
-    private string _end = "";
-    private string _reason = "";
+    private long _connectTime = -1; // ms; -1 = never connected
+    private TimeSpan _duration;
+    private CloseReason? _reason;
+
+    internal RouteStats RouteStats { get; } = route;
+    internal ServerStats? ServerStats { get; private set; } // null until connected
 
     internal EndPoint? Client { get; set; }
     internal int Place { get; set; } = -1; // of its address, where those are counted
@@ -6933,30 +7022,30 @@ internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "con
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal void Connected(EndPoint? server)
+    internal EndPoint? Address => _server;
+    internal TimeSpan Duration => _duration;
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+
+    internal void Connected(EndPoint? address, ServerStats? server)
     {
-        _server = server;
+        (_server, ServerStats) = (address, server);
         _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
     }
 
-    internal void Ended(string end, string reason)
-    {
-        (_end, _reason) = (end, reason);
-        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
-    }
+    internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
 
     protected override void AddKeys(LogText text)
     {
-        text.Add("route", route);
+        text.Add("route", RouteStats.Title);
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
         text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", _duration);
+        text.Add("duration_ms", (long)_duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _end);
-        text.Add("reason", _reason);
+        text.Add("end", _reason!.Code);
+        text.Add("reason", _reason.Words);
     }
 }
 
@@ -7036,6 +7125,8 @@ internal sealed class Log : IDisposable
 
     internal Log(LogSettings settings) => _settings = settings;
 
+    internal long DroppedInAll { get; private set; } // lines
+
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
@@ -7098,6 +7189,7 @@ internal sealed class Log : IDisposable
             if (_queue.Count == QueueLength || _shown + line.Shown > ShownLength)
             {
                 _dropped += line.Shown > 0 ? 0 : 1;
+                DroppedInAll += line.Shown > 0 ? 0 : 1;
                 _missed += line.Shown;
                 return false;
             }
@@ -7200,6 +7292,259 @@ internal sealed class Log : IDisposable
     }
 }
 
+// ---- counters
+
+/// <summary>The proxy, to those who look at it from outside.</summary>
+internal interface IObserved
+{
+    public bool IsDraining { get; }
+
+    /// <summary>The counters of all routes, in their order, with what is so at the moment.</summary>
+    public List<RouteStats> Look();
+}
+
+/// <summary>A connection that is being relayed, to the same.</summary>
+internal interface ISession
+{
+    public ConnectionLine Line { get; }
+    public long BytesUp { get; }
+    public long BytesDown { get; }
+}
+
+/// <summary>What is counted of a route, or of a server. Interlocked writes it when a connection comes, is connected and ends,
+/// never for a message: how much those that run have moved, they are asked (<see cref="Totals"/>).</summary>
+internal abstract class Counters
+{
+    internal long Connections;
+    internal int Current;
+    internal int Most; // at once, ever
+    internal long ConnectFailures;
+    internal long Retries;
+    internal long ClientResets;
+    internal long ServerResets;
+    private long _endedUp; // bytes of connections that have ended, as below
+    private long _endedDown;
+    private long _up; // the same and those that run, while they are summed, as below
+    private long _down;
+
+    /// <summary>As of the last <see cref="Totals"/>. It never falls, though who ends is for a moment in neither sum.</summary>
+    internal long BytesUp { get; private set; }
+    internal long BytesDown { get; private set; }
+
+    internal void Begin() => (_up, _down) = (Volatile.Read(ref _endedUp), Volatile.Read(ref _endedDown));
+
+    internal void Add(long up, long down) => (_up, _down) = (_up + up, _down + down);
+
+    internal void Finish() => (BytesUp, BytesDown) = (Math.Max(BytesUp, _up), Math.Max(BytesDown, _down));
+
+    /// <summary>So many at once.</summary>
+    protected void Peak(int current)
+    {
+        for (int most = Volatile.Read(ref Most); current > most;)
+        {
+            most = Interlocked.CompareExchange(ref Most, current, most);
+        }
+    }
+
+    protected void Count(ConnectionLine line, CloseReason reason)
+    {
+        Interlocked.Add(ref _endedUp, line.BytesUp);
+        Interlocked.Add(ref _endedDown, line.BytesDown);
+        if (reason.Code is "CD" or "SD")
+        {
+            Interlocked.Increment(ref reason.Code == "CD" ? ref ClientResets : ref ServerResets);
+        }
+    }
+}
+
+internal sealed class RouteStats(string title) : Counters
+{
+    private const int MostEnds = 64; // the words of the operating system are not ours to number
+
+    private readonly Lock _gate = new();
+    private EndCount[] _ends = [new("--", "other")]; // the first for those beyond; replaced as a whole, under the gate
+
+    internal long Refused;
+
+    internal string Title { get; } = title;
+    internal Histogram ConnectTime { get; } = new(Histogram.Connects);
+    internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
+    internal EndCount[] Ends => Volatile.Read(ref _ends);
+
+    // as of the last look
+    internal List<ServerStats> Servers { get; set; } = [];
+    internal int Queued { get; set; }
+
+    internal void Accepted() => Interlocked.Increment(ref Connections);
+
+    /// <summary>It has its place among the connections.</summary>
+    internal void Entered() => Peak(Interlocked.Increment(ref Current));
+
+    internal void Ended(ConnectionLine line, CloseReason reason, bool hasEntered)
+    {
+        Count(line, reason);
+        Interlocked.Increment(ref (Find(reason) ?? Add(reason)).Count);
+        Interlocked.Add(ref Current, hasEntered ? -1 : 0);
+        Interlocked.Add(ref Refused, reason.IsRefusal ? 1 : 0);
+        if (line.ServerStats is { } server)
+        {
+            server.Ended(line, reason);
+            Duration.Add(line.Duration);
+        }
+    }
+
+    private EndCount? Find(CloseReason reason)
+    {
+        foreach (EndCount end in Ends)
+        {
+            if (end.Code == reason.Code && end.Words == reason.Kind)
+            {
+                return end;
+            }
+        }
+
+        return null;
+    }
+
+    private EndCount Add(CloseReason reason)
+    {
+        lock (_gate)
+        {
+            EndCount end = Find(reason) ?? (_ends.Length == MostEnds ? _ends[0] : new EndCount(reason.Code, reason.Kind));
+            Volatile.Write(ref _ends, Array.IndexOf(_ends, end) >= 0 ? _ends : [.. _ends, end]);
+            return end;
+        }
+    }
+}
+
+/// <summary>How many connections have ended so: <see cref="CloseReason.Code"/> and <see cref="CloseReason.Kind"/>.</summary>
+internal sealed class EndCount(string code, string words)
+{
+    internal long Count;
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+}
+
+internal sealed class ServerStats(RouteStats route) : Counters
+{
+    internal int Downs; // how often it went down
+    internal long ConnectMicroseconds; // of all Connections together
+
+    internal RouteStats RouteStats { get; } = route;
+    internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
+    internal string Check { get; set; } = ""; // what the last one found; "" = none yet
+    internal string LastFailure { get; set; } = ""; // of a connect
+    internal DateTime LastFailedAt { get; private set; }
+
+    // as of the last look
+    internal string Title { get; set; } = "";
+    internal string Address { get; set; } = "";
+    internal int Weight { get; set; }
+    internal bool IsBackup { get; set; }
+    internal int MaxConnections { get; set; } // 0 = off
+    internal bool IsUp { get; set; }
+
+    internal string State => !IsUp ? "down" : Weight == 0 ? "drain" : "up";
+
+    internal void Connected(TimeSpan time, int current)
+    {
+        Interlocked.Increment(ref Connections);
+        Interlocked.Add(ref ConnectMicroseconds, (long)time.TotalMicroseconds);
+        Peak(current);
+        RouteStats.ConnectTime.Add(time);
+    }
+
+    internal void Failed(CloseReason reason)
+    {
+        Interlocked.Increment(ref ConnectFailures);
+        Interlocked.Increment(ref RouteStats.ConnectFailures);
+        (LastFailure, LastFailedAt) = (reason.Words, DateTime.UtcNow);
+    }
+
+    /// <summary>Another is tried instead.</summary>
+    internal void Retried()
+    {
+        Interlocked.Increment(ref Retries);
+        Interlocked.Increment(ref RouteStats.Retries);
+    }
+
+    internal void Turned(bool isDown)
+    {
+        Since = DateTime.UtcNow;
+        Interlocked.Add(ref Downs, isDown ? 1 : 0);
+    }
+
+    internal void Ended(ConnectionLine line, CloseReason reason) => Count(line, reason);
+}
+
+/// <summary>Times in buckets, as Prometheus has them.</summary>
+internal sealed class Histogram(long[] bounds)
+{
+    internal static readonly long[] Connects = // microseconds, as below
+        [500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000];
+    internal static readonly long[] Lives = [10_000, 100_000, 500_000, 1_000_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
+        300_000_000, 900_000_000, 3_600_000_000, 14_400_000_000, 86_400_000_000];
+
+    private readonly long[] _counts = new long[bounds.Length + 1]; // the last for what is longer than all
+    private long _sum;
+
+    internal long[] Bounds { get; } = bounds;
+    internal long Sum => Volatile.Read(ref _sum);
+
+    internal long CountAt(int bucket) => Volatile.Read(ref _counts[bucket]);
+
+    internal void Add(TimeSpan time)
+    {
+        long microseconds = (long)time.TotalMicroseconds;
+        int bucket = 0;
+        while (bucket < Bounds.Length && microseconds > Bounds[bucket])
+        {
+            bucket++;
+        }
+
+        Interlocked.Increment(ref _counts[bucket]);
+        Interlocked.Add(ref _sum, microseconds);
+    }
+}
+
+/// <summary>All counters at one moment, with what the running connections have moved, and these. It takes about a millisecond
+/// for 10,000 of them, so it is not for the threads of the event loop.</summary>
+internal sealed class Totals
+{
+    private static readonly Lock Gate = new();
+
+    internal Totals(IObserved proxy)
+    {
+        lock (Gate)
+        {
+            Routes = proxy.Look();
+            ForEach(counters => counters.Begin());
+            foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
+            {
+                if (watched is ISession session)
+                {
+                    Sessions.Add(session);
+                    (long up, long down) = (session.BytesUp, session.BytesDown);
+                    session.Line.RouteStats.Add(up, down);
+                    session.Line.ServerStats?.Add(up, down);
+                }
+            }
+
+            ForEach(counters => counters.Finish());
+        }
+    }
+
+    internal List<RouteStats> Routes { get; }
+    internal List<ISession> Sessions { get; } = []; // in no order
+
+    private void ForEach(Action<Counters> action) => Routes.ForEach(route =>
+    {
+        action(route);
+        route.Servers.ForEach(action);
+    });
+}
+
 // == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
@@ -7287,6 +7632,15 @@ internal static class Sweep
     {
         Volatile.Write(ref _stopAllAt, time);
         Bell.Set();
+    }
+
+    /// <summary>What is watched now.</summary>
+    internal static Watched[] Snapshot()
+    {
+        lock (Gate)
+        {
+            return _watched.AsSpan(0, _count).ToArray();
+        }
     }
 
     private static void Run()
