@@ -1102,6 +1102,7 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        Stats = new RouteStats(Title);
         Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = settings.Pool.Queue == 0 ? null
             : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
@@ -1115,7 +1116,7 @@ internal sealed class Route
             if (known is null)
             {
                 UpstreamPool pool = new(
-                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
+                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Stats, log);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1132,6 +1133,7 @@ internal sealed class Route
 
     internal RouteSettings Settings { get; }
     internal string Title { get; }
+    internal RouteStats Stats { get; }
     internal ConnectionLimit Limit { get; }
     internal WaitingLine? Line { get; } // for room among the connections
     internal Refusals Refusals { get; }
@@ -1158,6 +1160,16 @@ internal sealed class Route
         Line?.Serve();
     }
 
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal RouteStats Look()
+    {
+        List<ServerStats> servers = [];
+        int queued = Line?.Count ?? 0;
+        Pools.ForEach(pool => queued += pool.Look(servers));
+        (Stats.Servers, Stats.Queued) = (servers, queued);
+        return Stats;
+    }
+
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
     {
@@ -1171,7 +1183,7 @@ internal sealed class Route
     }
 }
 
-internal sealed class Proxy
+internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
 
@@ -1179,6 +1191,7 @@ internal sealed class Proxy
     private readonly Log _log;
     private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private readonly List<Acceptor> _controls = []; // owned; disposed at the end
+    private readonly List<Route> _routes = [];
     private readonly List<UpstreamPool> _pools = [];
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1196,7 +1209,16 @@ internal sealed class Proxy
         Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
 
+    public bool IsDraining => _stopping.Task.IsCompleted;
+
     internal ConnectionLimit Limit { get; }
+    internal List<Route> Routes => _routes;
+    internal Settings Settings => _settings;
+    internal Log Log => _log;
+    internal int Listeners => _acceptors.Count;
+    internal DateTime StartedAt { get; } = DateTime.UtcNow;
+
+    public List<RouteStats> Look() => _routes.ConvertAll(route => route.Look());
 
     /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
@@ -1258,6 +1280,7 @@ internal sealed class Proxy
         foreach (RouteSettings settings in _settings.Routes)
         {
             Route route = new(settings, Limit, _log);
+            _routes.Add(route);
             _pools.AddRange(route.Pools);
             BridgeSettings bridge = settings.Bridge;
             int first = _acceptors.Count;
@@ -1373,7 +1396,7 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title);
+        ConnectionLine line = new(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1381,6 +1404,7 @@ internal sealed class Proxy
         Conversation? taps = null;
         try
         {
+            route.Stats.Accepted();
             line.Client = client.RemoteEndPoint;
             if (_log.Has(LogLevel.Debug))
             {
@@ -1402,6 +1426,7 @@ internal sealed class Proxy
                 return;
             }
 
+            route.Stats.Entered();
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
             if (reason is null && route.Addresses is { } addresses)
@@ -1421,7 +1446,7 @@ internal sealed class Proxy
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server);
+                line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1431,8 +1456,8 @@ internal sealed class Proxy
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge, line)
-                    : RelayTappedAsync(route, connection, bridge, line, taps);
+                _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
+                    : RelayTappedAsync(route, connection.Place!, bridge, taps);
                 return;
             }
 
@@ -1477,33 +1502,33 @@ internal sealed class Proxy
         BridgeSettings settings = route.Settings.Bridge;
         AccessRules access = route.Settings.Access;
         return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
-            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
+            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private async Task RelayAsync(Route route, Server server, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Server server, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private void Ended(Route route, Server server, Bridge bridge)
     {
-        connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        server.Leave();
+        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -1521,7 +1546,7 @@ internal sealed class Proxy
         }
 
         return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
-            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1555,6 +1580,8 @@ internal sealed class Proxy
             route.Leave();
         }
 
+        line.Ended(reason);
+        route.Stats.Ended(line, reason, isAdmitted);
         if (reason.Error is { } error)
         {
             _log.Event(LogLevel.Error, "internal-error", error.ToString());
@@ -1566,12 +1593,464 @@ internal sealed class Proxy
         }
         else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            line.Ended(reason.Code, reason.Words); // (8)
-            _log.Ended(line);
+            _log.Ended(line); // (8)
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
         Leave();
+    }
+}
+
+/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
+/// with HAProxy's sentence for it.</summary>
+internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
+{
+    private const int HeaviestWeight = 256;
+    private const int Column = 48; // where the help of a command starts
+    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
+    private const string Columns = // of HAProxy 2.6
+        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
+        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
+        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
+        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
+        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
+        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
+        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
+        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
+        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
+        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
+        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
+        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
+        + "h1_spliced_bytes_out";
+
+    private static readonly ControlCommand[] Table =
+    [
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => PutServers(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => PutServers(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "the weight of a server, and the one that was typed", GetWeight),
+        new("reload", "", "read again what was configured, and say what has changed", (proxy, _) => Reload(proxy)),
+        new("set maxconn frontend", "<route> <n>", "a route's --max-connections; 0 = off, as in those below", SetRouteLimit),
+        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
+        new("set maxconn server", "<route>/<server> <n>", "a server's max-connections", SetServerLimit),
+        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
+        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
+        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
+        new("set weight", "<route>/<server> <n>[%]", "as set server's weight", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "the names of the routes", ShowRoutes),
+        new("show info", "", "the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "servers, their states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server, one a line (not those that wait for one)", ShowSessions),
+        new("show stat", "[up|no-maint]* [<route> <type> <sid>]", "counters of routes and servers (CSV)", ShowStat),
+        new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
+        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
+        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
+        new("help", "[<command>]", "list commands, or those that begin so", (_, words) => List(words)),
+        new("prompt", "", "stay connected, with a prompt; or no longer"),
+        new("quit", "", "disconnect"),
+    ];
+
+    private readonly string[] _words = words.Split(' ');
+    private readonly Func<Proxy, string[], string>? _answer = answer;
+
+    private string Words { get; } = words;
+    private string Arguments { get; } = arguments;
+    private string Help { get; } = help;
+
+    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
+    internal static string Answer(Proxy proxy, string[] words)
+    {
+        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+    }
+
+    private static FormatException Unknown(string[] words)
+    {
+        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        ControlCommand? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null);
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{(near is null ? "" : $"; did you mean '{near.Words}'?")}"
+            + $" One of these was expected:\n{List([])}");
+    }
+
+    private static string List(string[] words)
+    {
+        string start = string.Join(' ', words);
+        ControlCommand[] fitting = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        StringBuilder text = new();
+        Array.ForEach(fitting.Length > 0 ? fitting : Table, one => text.Append($"  {one.Words} {one.Arguments}".PadRight(Column))
+            .Append(" : ").Append(one.Help).Append('\n'));
+        return text.ToString();
+    }
+
+    // ---- what is named
+
+    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
+
+    private static FormatException None(string what, string name, List<string> known)
+    {
+        string? near = Text.Nearest(name, [.. known]);
+        return new FormatException($"{what}. There is no '{Text.Escape(name)}'" + (near is not null ? $"; did you mean '{near}'?"
+            : known.Count is 0 or > 10 ? "" : $", but {string.Join(", ", known.ConvertAll(one => $"'{one}'"))}"));
+    }
+
+    /// <summary>Those of that name, which may be several.</summary>
+    private static List<Route> Routes(Proxy proxy, string name, string what)
+    {
+        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
+        return found.Count > 0 ? found : throw None($"No such {what}", name, proxy.Routes.ConvertAll(route => route.Title));
+    }
+
+    private static List<Server> ServersOf(Route route)
+    {
+        List<Server> servers = [];
+        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
+        return servers;
+    }
+
+    /// <summary>ROUTE/SERVER: of that title, or all addresses of an upstream of that name. Either may have slashes in it.</summary>
+    private static List<Server> ServersOf(Proxy proxy, string[] words)
+    {
+        string name = At(words, 0);
+        if (!name.Contains('/', StringComparison.Ordinal))
+        {
+            throw new FormatException("Require 'backend/server'.");
+        }
+
+        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
+        routes = routes.Count > 0 ? routes : Routes(proxy, name[..name.IndexOf('/', StringComparison.Ordinal)], "backend");
+        List<Server> found = [];
+        List<string> known = [];
+        foreach (Route route in routes)
+        {
+            string rest = name[(route.Title.Length + 1)..];
+            List<Server> servers = ServersOf(route);
+            found.AddRange(servers.FindAll(server => rest == server.Title || rest == server.Upstream.Title));
+            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+        }
+
+        return found.Count > 0 ? found : throw None("No such server", name, known);
+    }
+
+    // ---- servers
+
+    private static string SetServer(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        switch (At(words, 1))
+        {
+            case "state":
+                int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+                return mode >= 0 ? Put(servers, (ServerMode)mode)
+                    : throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'.");
+            case "weight":
+                return SetWeight(proxy, words, 2);
+            default:
+                throw new FormatException("usage: set server <backend>/<server> state | weight");
+        }
+    }
+
+    private static string PutServers(Proxy proxy, string[] words, ServerMode mode) => Put(ServersOf(proxy, words), mode);
+
+    private static string Put(List<Server> servers, ServerMode mode)
+    {
+        servers.ForEach(server => server.Balancer.Put(server, mode));
+        return "";
+    }
+
+    private static string GetWeight(Proxy proxy, string[] words)
+    {
+        Server server = ServersOf(proxy, words)[0];
+        return $"{server.Weight} (initial {server.Upstream.Weight})";
+    }
+
+    private static string SetWeight(Proxy proxy, string[] words, int index)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        string text = At(words, index);
+        bool isRelative = text.EndsWith('%');
+        if (!int.TryParse(text.TrimEnd('%'), NumberStyles.None, CultureInfo.InvariantCulture, out int number))
+        {
+            throw new FormatException("Require <weight> or <weight%>."
+                + (text.Length == 0 ? "" : $" '{Text.Escape(text)}' is neither"));
+        }
+
+        int Weight(Server server) => isRelative ? (int)Math.Min((long)server.Upstream.Weight * number / 100, int.MaxValue) : number;
+        if (servers.Exists(server => Weight(server) > HeaviestWeight))
+        {
+            throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive.");
+        }
+
+        servers.ForEach(server => server.Balancer.Weigh(server, Weight(server)));
+        return "";
+    }
+
+    // ---- limits
+
+    private static string SetServerLimit(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        int most = Count(words, 1, "Require <maxconn>.");
+        servers.ForEach(server => server.Balancer.Bound(server, most));
+        return "";
+    }
+
+    private static string SetRouteLimit(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length > 0 ? Routes(proxy, words[0], "frontend")
+            : throw new FormatException("A frontend name is expected.");
+        int most = Count(words, 1, "Integer value expected.");
+        routes.ForEach(route => (route.Limit.Most, _) = (most, 0));
+        routes.ForEach(route => route.Line?.Serve());
+        return "";
+    }
+
+    private static string SetLimit(Proxy proxy, string[] words)
+    {
+        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
+        proxy.Routes.ForEach(route => route.Line?.Serve());
+        return "";
+    }
+
+    private static int Count(string[] words, int index, string expected)
+    {
+        try
+        {
+            return Units.ParseCount(At(words, index));
+        }
+        catch (FormatException e)
+        {
+            throw new FormatException(At(words, index).Length == 0 ? expected : $"{expected} {e.Message}");
+        }
+    }
+
+    private static string Reload(Proxy proxy)
+    {
+        proxy.Reload();
+        return "";
+    }
+
+    // ---- counters
+
+    private static string ShowInfo(Proxy proxy, string[] words)
+    {
+        StringBuilder text = new();
+        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
+        long files = Descriptors.Limit;
+        List<RouteStats> routes = new Totals(proxy).Routes;
+        Add("Name", "tcpproxy");
+        Add("Version", TcpProxy.Help.Version);
+        Add("Nbthread", proxy.Settings.Threads == 0 ? Environment.ProcessorCount : proxy.Settings.Threads);
+        Add("Nbproc", 1);
+        Add("Process_num", 1);
+        Add("Pid", Environment.ProcessId);
+        Add("Uptime", $"{up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s");
+        Add("Uptime_sec", (long)up.TotalSeconds);
+        Add("Ulimit-n", files);
+        Add("Maxsock", files);
+        Add("Maxconn", proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2);
+        Add("Hard_maxconn", files / 2);
+        Add("CurrConns", proxy.Limit.Count);
+        Add("CumConns", Sum(route => route.Connections));
+        Add("Listeners", proxy.Listeners);
+        Add("Stopping", proxy.IsDraining ? 1 : 0);
+        Add("DroppedLogs", proxy.Log.DroppedInAll);
+        Add("TotalBytesOut", Sum(route => route.BytesUp + route.BytesDown));
+        Add("Start_time_sec", ((DateTimeOffset)proxy.StartedAt).ToUnixTimeSeconds());
+        return text.ToString();
+
+        void Add(string key, object value) => text.Append($"{key}: {value}\n");
+
+        long Sum(Func<RouteStats, long> of)
+        {
+            long sum = 0;
+            routes.ForEach(route => sum += of(route));
+            return sum;
+        }
+    }
+
+    private static string ShowRoutes(Proxy proxy, string[] words) =>
+        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
+
+    /// <summary>Its format's version 1, in which HAProxy saves and loads them.</summary>
+    private static string ShowServers(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length == 0 ? proxy.Routes : Routes(proxy, words[0], "backend");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
+            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
+            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
+            + "srv_agent_port\n");
+        foreach (Route route in routes)
+        {
+            int id = 0;
+            foreach (Server server in ServersOf(route))
+            {
+                bool isUp = server.IsUp(Environment.TickCount64);
+                string address = server.Targets is [IPEndPoint ip, ..] ? ip.Address.ToString() : Word(server.Upstream.Address.Text);
+                int port = server.Targets is [IPEndPoint { Port: int number }, ..] ? number : 0;
+                string check = !server.IsChecked ? "1 0 2 0" : isUp ? "6 3 4 6" : "8 2 0 6";
+                string mode = server.Mode switch { ServerMode.Ready => "0", ServerMode.Drain => "8", _ => "1" };
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} {address} ")
+                    .Append($"{(isUp && server.Mode != ServerMode.Maintenance ? 2 : 0)} {mode} {server.Weight} {server.Upstream.Weight} ")
+                    .Append($"{Seconds(server.Stats.Since)} {check} 0 0 0 {(server.Resolver is null ? "-" : server.Upstream.Address.Host)} ")
+                    .Append($"{port} - 0 0 - - 0\n");
+            }
+        }
+
+        return text.ToString();
+    }
+
+    /// <summary>All rows; or those of a route, of a type (sum of: 1 the route's, 2 its servers' together, 4 each server's), of a server.
+    /// A number is theirs, -1 stands for all.</summary>
+    private static string ShowStat(Proxy proxy, string[] words)
+    {
+        bool isUpOnly = Array.IndexOf(words, "up") >= 0;
+        bool isMaintLess = Array.IndexOf(words, "no-maint") >= 0;
+        string[] filter = Array.FindAll(words, word => word is not ("up" or "no-maint"));
+        (int type, int only) = (-1, -1);
+        if (filter.Length > 0 && (filter.Length != 3 || !int.TryParse(filter[1], out type) || !int.TryParse(filter[2], out only)))
+        {
+            throw new FormatException("usage: show stat [up|no-maint]* [<route> <type> <sid>], always as CSV");
+        }
+
+        _ = new Totals(proxy); // looks at all of them
+        StringBuilder text = new($"# {Columns},\n");
+        List<Route> routes = proxy.Routes;
+        for (int i = 0; i < routes.Count; i++)
+        {
+            string title = routes[i].Title;
+            if (filter.Length == 0 || filter[0] == "-1" || filter[0] == Text.Of(i + 1) || filter[0] == title)
+            {
+                AddRows(routes[i], (name, sid, kind, status, counters, cells) =>
+                {
+                    bool isWanted = kind != 2 || ((only < 0 || sid == only) && !(isUpOnly && status is "DOWN" or "MAINT" or "DRAIN")
+                        && !(isMaintLess && status == "MAINT"));
+                    if (isWanted && (type & (1 << kind)) != 0)
+                    {
+                        AddRow(text, [("pxname", title), ("svname", name), ("scur", counters.Current), ("smax", counters.Most),
+                            ("bin", counters.BytesUp), ("bout", counters.BytesDown), ("status", status), ("pid", 1), ("iid", i + 1),
+                            ("sid", sid), ("type", kind), ("mode", "tcp"), .. cells]);
+                    }
+                });
+            }
+        }
+
+        return text.ToString();
+    }
+
+    private delegate void Row(
+        string name, int sid, int kind, string status, Counters counters, (string Column, object Value)[] cells);
+
+    private static void AddRows(Route route, Row add)
+    {
+        RouteStats stats = route.Stats;
+        int limit = route.Limit.Most;
+        add("FRONTEND", 0, 0, "OPEN", stats, [("slim", Limit(limit)), ("stot", stats.Connections - stats.Refused),
+            ("dcon", stats.Refused), ("conn_tot", stats.Connections)]);
+        int id = 0;
+        foreach (ServerStats server in stats.Servers)
+        {
+            long connected = server.Connections;
+            string status = server.Mode == ServerMode.Maintenance ? "MAINT" : server.Mode == ServerMode.Drain ? "DRAIN"
+                : !server.IsUp ? "DOWN" : server.IsChecked ? "UP" : "no check";
+            add(server.Title, ++id, 2, status, server, [("slim", Limit(server.MaxConnections)), ("stot", connected),
+                ("econ", server.ConnectFailures), ("wredis", server.Retries), ("weight", server.Weight * server.Percent / 100),
+                ("act", server.IsBackup ? 0 : 1), ("bck", server.IsBackup ? 1 : 0), ("chkdown", server.Downs),
+                ("lastchg", Seconds(server.Since)), ("throttle", server.Percent < 100 ? server.Percent : ""), ("lbtot", connected),
+                ("cli_abrt", server.ClientResets), ("srv_abrt", server.ServerResets), ("last_chk", server.Check),
+                ("ctime", connected == 0 ? 0 : server.ConnectMicroseconds / connected / 1000), ("addr", server.Address),
+                ("uweight", server.Weight)]);
+        }
+
+        List<ServerStats> usable = stats.Servers.FindAll(server => server.State == "up");
+        (long total, int weight) = (0, 0);
+        stats.Servers.ForEach(server => total += server.Connections);
+        usable.ForEach(server => weight += server.Weight * server.Percent / 100);
+        add("BACKEND", 0, 1, usable.Count > 0 ? "UP" : "DOWN", stats, [("qcur", stats.Queued), ("slim", Limit(limit)), ("stot", total),
+            ("econ", stats.ConnectFailures), ("wredis", stats.Retries), ("weight", weight),
+            ("act", usable.FindAll(server => !server.IsBackup).Count), ("bck", usable.FindAll(server => server.IsBackup).Count),
+            ("qlimit", Limit(route.Settings.Pool.Queue)), ("lbtot", total), ("cli_abrt", stats.ClientResets),
+            ("srv_abrt", stats.ServerResets), ("algo", Policies[(int)route.Settings.Pool.Policy]), ("uweight", weight)]);
+
+        static object Limit(int most) => most > 0 ? most : "";
+    }
+
+    private static void AddRow(StringBuilder text, (string Column, object Value)[] cells)
+    {
+        string[] columns = Columns.Split(',');
+        string[] values = new string[columns.Length];
+        foreach ((string column, object cell) in cells)
+        {
+            string value = $"{cell}";
+            values[Array.IndexOf(columns, column)] = value.AsSpan().IndexOfAny(",\"\n") < 0 ? value
+                : $"\"{value.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
+        }
+
+        text.AppendJoin(',', values).Append(",\n");
+    }
+
+    /// <summary>A name between blanks.</summary>
+    private static string Word(string name) => name.Replace(' ', '_');
+
+    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
+
+    /// <summary>Its two largest units.</summary>
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h" : time.Hours > 0
+        ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
+
+    // ---- connections
+
+    private static List<Bridge> Bridges()
+    {
+        List<Bridge> bridges = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge)
+            {
+                bridges.Add(bridge);
+            }
+        }
+
+        bridges.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return bridges;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        StringBuilder text = new();
+        foreach (Bridge bridge in words.Length == 0 ? Bridges() : [Find(words[0], "Session not found.")])
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={Word(line.RouteStats.Title)} be={Word(line.RouteStats.Title)} ")
+                .Append($"srv={Word(line.ServerStats!.Title)} age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static Bridge Find(string id, string none)
+    {
+        string digits = id.StartsWith("0x", StringComparison.Ordinal) ? id[2..] : id;
+        return uint.TryParse(digits, NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out uint number)
+            && Bridges().Find(bridge => bridge.Line.Id == number) is { } found ? found : throw new FormatException(none);
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        if (words.Length == 0)
+        {
+            throw new FormatException("Session pointer expected (use 'show sess').");
+        }
+
+        Find(words[0], "No such session (use 'show sess').").ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        Bridges().FindAll(bridge => servers.Exists(server => server.Stats == bridge.Line.ServerStats)).ForEach(bridge => bridge.ShutDown());
+        return "";
     }
 }
 
@@ -1982,7 +2461,7 @@ internal sealed class AccessRules
     internal CloseReason? Refuse(EndPoint? client)
     {
         Verdict verdict = Judge(client, DateTime.UtcNow);
-        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true, kind: "access rule");
     }
 }
 
@@ -2265,17 +2744,17 @@ internal sealed class Schedule
 /// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
 /// turns.</summary>
 internal sealed class WindowedBridge(
-    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
-    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
+    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
 {
     private int _minute = DateTime.UtcNow.Minute;
 
     internal override bool Check(long now)
     {
         DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
         {
-            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end"));
         }
 
         _minute = utc.Minute;
@@ -2622,6 +3101,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal string Title { get; set; } = ""; // for the log, and for Maglev
+    internal ServerStats Stats { get; } = new(balancer.RouteStats);
     internal int Weight => OwnWeight ?? Upstream.Weight;
     internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
     internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
@@ -2650,6 +3130,16 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
     }
 
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal ServerStats Look(long now)
+    {
+        (Stats.Title, Stats.Address) = (Title, Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text);
+        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
+        (Stats.Current, Stats.IsUp, Stats.Mode) = (Volatile.Read(ref Active), IsUp(now), Mode);
+        (Stats.IsChecked, Stats.Percent) = (IsChecked, Percent(now));
+        return Stats;
+    }
+
     /// <summary>A connection has ended; whoever waits in line has the place.</summary>
     internal void Leave()
     {
@@ -2667,15 +3157,16 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
+    internal Server? Place { get; } = server; // that has one for it
 
-    internal void Release() => server?.Leave();
+    internal void Release() => Place?.Leave();
 }
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
 internal sealed class Balancer(
-    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
-    Log log)
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source,
+    RouteStats route, Log log)
 {
     private readonly Lock _gate = new();
     private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
@@ -2689,6 +3180,30 @@ internal sealed class Balancer(
     internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
+    internal RouteStats RouteStats { get; } = route;
+
+    /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        long now = Environment.TickCount64;
+        servers.AddRange(Array.ConvertAll(Servers, server => server.Look(now)));
+        for (int i = 0; i < upstreams.Length; i++)
+        {
+            if (resolvers[i] is { Addresses.Length: 0 } resolver)
+            {
+                servers.Add(new ServerStats(RouteStats)
+                {
+                    Title = $"{upstreams[i].Address.Host}:{Text.Of(upstreams[i].Address.PortAt(portIndex))}",
+                    Weight = upstreams[i].Weight,
+                    IsBackup = upstreams[i].IsBackup,
+                    IsUp = !resolver.HasFailed,
+                    LastFailure = resolver.HasFailed ? "name not resolved" : "",
+                });
+            }
+        }
+
+        return Line.Count;
+    }
 
     // ---- the servers
 
@@ -2916,6 +3431,11 @@ internal sealed class Balancer(
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
         bool isTelling = IsTelling(server, failure);
+        if (failure is not null && isTelling)
+        {
+            server.Stats.Failed(failure);
+        }
+
         if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
@@ -2955,6 +3475,7 @@ internal sealed class Balancer(
             return;
         }
 
+        server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
             if (server.Mode == ServerMode.Maintenance)
@@ -2989,7 +3510,8 @@ internal sealed class Balancer(
         {
             (server.IsDown, server.Fails) = (isDown, 0);
             server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
-            log.ServerState(route, server.Title, !isDown, reason);
+            server.Stats.Turned(isDown);
+            log.ServerState(RouteStats.Title, server.Title, !isDown, reason);
         }
     }
 
@@ -3009,9 +3531,10 @@ internal sealed class Balancer(
 
             if (server.Mode != mode)
             {
-                log.ServerState(route, server.Title, mode);
+                log.ServerState(RouteStats.Title, server.Title, mode);
                 server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
                 server.Mode = mode;
+                server.Stats.Turned(isDown: false);
             }
         }
 
@@ -3224,12 +3747,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route.Title, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private volatile bool _isChecking;
@@ -3279,6 +3802,8 @@ internal sealed class UpstreamPool(
             {
                 return last;
             }
+
+            server.Stats.Retried();
         }
     }
 
@@ -3288,7 +3813,7 @@ internal sealed class UpstreamPool(
         long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, new RouteStats(""), silent);
         Sweep.Start([connect.Timeout]);
         while (true)
         {
@@ -3329,6 +3854,18 @@ internal sealed class UpstreamPool(
         return servers;
     }
 
+    /// <summary>Adds its servers; returns how many clients wait for one.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        int waiting = 0;
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            waiting += BalancerOf(i).Look(servers);
+        }
+
+        return waiting;
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3357,6 +3894,7 @@ internal sealed class UpstreamPool(
     private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
         Server? winner = null;
+        long began = Stopwatch.GetTimestamp();
         try
         {
             if (first.Targets.Length == 0)
@@ -3390,6 +3928,7 @@ internal sealed class UpstreamPool(
         }
         finally
         {
+            winner?.Stats.Connected(Stopwatch.GetElapsedTime(began), Volatile.Read(ref winner.Active));
             if (winner != first)
             {
                 first.Leave();
@@ -3536,6 +4075,9 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
+
+    /// <summary>The last look-up did, and there are no addresses from before.</summary>
+    internal bool HasFailed => _addresses.Length == 0 && Volatile.Read(ref _answeredAt) > 0;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
 
@@ -3840,7 +4382,7 @@ internal sealed class Rates(BridgeSettings settings)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal class Bridge : PumpOwner
+internal class Bridge : PumpOwner, ISession
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -3862,15 +4404,15 @@ internal class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
-        Conversation? taps = null)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
+        Conversation? taps)
     {
-        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
@@ -3887,8 +4429,9 @@ internal class Bridge : PumpOwner
         }
     }
 
-    internal long BytesUp => _up.Bytes;
-    internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
+    public ConnectionLine Line { get; }
+    public long BytesUp => _up.Bytes;
+    public long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
     /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
     internal Task Up { get; private set; } = Task.CompletedTask;
@@ -3932,7 +4475,7 @@ internal class Bridge : PumpOwner
         if (error is TapException { IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
-            Interlocked.CompareExchange(ref _reason, new CloseReason(end.Code, end.Message, isOrderly: true), null);
+            Interlocked.CompareExchange(ref _reason, OfTap(end), null);
             SocketOptions.ShutDown(_client, SocketShutdown.Both);
             SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
             Cancel();
@@ -3941,8 +4484,7 @@ internal class Bridge : PumpOwner
 
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message)
-                : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? OfTap(tap) : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -3958,6 +4500,9 @@ internal class Bridge : PumpOwner
             Abort(reason);
         }
     }
+
+    private static CloseReason OfTap(TapException end) =>
+        new(end.Code, end.Message, end.IsOrderly, kind: end.Message.Split(' ')[0]);
 
     internal override void Release()
     {
@@ -4000,7 +4545,10 @@ internal class Bridge : PumpOwner
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
     /// <summary>An administrator ends it.</summary>
-    public void ShutDown() => Abort(CloseReason.ShutDown);
+    internal void ShutDown() => Abort(CloseReason.ShutDown);
+
+    /// <summary>For how long the sweep has seen nothing move.</summary>
+    internal TimeSpan Quiet => TimeSpan.FromMilliseconds(Math.Max(0, Environment.TickCount64 - _quietSince));
 
     internal override bool Check(long now)
     {
@@ -6837,7 +7385,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new CloseReason("PR", wrong);
+                return new CloseReason("PR", wrong, kind: "wrong PROXY header");
             }
 
             (Source, Destination) = (source, destination);
@@ -6901,7 +7449,7 @@ internal sealed class FirstBytes : IDisposable
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
 internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null, string? kind = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -6934,6 +7482,9 @@ internal sealed class CloseReason(
 
     internal string Code { get; } = code;
     internal string Words { get; } = words;
+
+    /// <summary>The words that it is counted under: without what clients or rules put into them.</summary>
+    internal string Kind { get; } = kind ?? words;
     internal bool IsOrderly { get; } = isOrderly;
 
     /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
@@ -7064,45 +7615,50 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
+internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
+    private static int _lastId;
+
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms, as below; -1 = never connected
-    private long _duration;
-    private string _end = "";
-    private string _reason = "";
+    private long _connectTime = -1; // ms; -1 = never connected
+    private TimeSpan _duration;
+    private CloseReason? _reason;
 
+    internal RouteStats RouteStats { get; } = route;
+    internal ServerStats? ServerStats { get; private set; } // null until connected
+
+    internal uint Id { get; } = (uint)Interlocked.Increment(ref _lastId); // as control calls it
     internal EndPoint? Client { get; set; }
     internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal void Connected(EndPoint? server)
+    internal EndPoint? Address => _server;
+    internal TimeSpan Duration => _duration;
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+
+    internal void Connected(EndPoint? address, ServerStats? server)
     {
-        _server = server;
+        (_server, ServerStats) = (address, server);
         _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
     }
 
-    internal void Ended(string end, string reason)
-    {
-        (_end, _reason) = (end, reason);
-        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
-    }
+    internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
 
     protected override void AddKeys(LogText text)
     {
-        text.Add("route", route);
+        text.Add("route", RouteStats.Title);
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
         text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", _duration);
+        text.Add("duration_ms", (long)_duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _end);
-        text.Add("reason", _reason);
+        text.Add("end", _reason!.Code);
+        text.Add("reason", _reason.Words);
     }
 }
 
@@ -7182,6 +7738,8 @@ internal sealed class Log : IDisposable
 
     internal Log(LogSettings settings) => _settings = settings;
 
+    internal long DroppedInAll { get; private set; } // lines
+
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
@@ -7247,6 +7805,7 @@ internal sealed class Log : IDisposable
             if (_queue.Count == QueueLength || _shown + line.Shown > ShownLength)
             {
                 _dropped += line.Shown > 0 ? 0 : 1;
+                DroppedInAll += line.Shown > 0 ? 0 : 1;
                 _missed += line.Shown;
                 return false;
             }
@@ -7347,6 +7906,263 @@ internal sealed class Log : IDisposable
 
         text.Clear();
     }
+}
+
+// ---- counters
+
+/// <summary>The proxy, to those who look at it from outside.</summary>
+internal interface IObserved
+{
+    public bool IsDraining { get; }
+
+    /// <summary>The counters of all routes, in their order, with what is so at the moment.</summary>
+    public List<RouteStats> Look();
+}
+
+/// <summary>A connection that is being relayed, to the same.</summary>
+internal interface ISession
+{
+    public ConnectionLine Line { get; }
+    public long BytesUp { get; }
+    public long BytesDown { get; }
+}
+
+/// <summary>What is counted of a route, or of a server. Interlocked writes it when a connection comes, is connected and ends,
+/// never for a message: how much those that run have moved, they are asked (<see cref="Totals"/>).</summary>
+internal abstract class Counters
+{
+    internal long Connections;
+    internal int Current;
+    internal int Most; // at once, ever
+    internal long ConnectFailures;
+    internal long Retries;
+    internal long ClientResets;
+    internal long ServerResets;
+    private long _endedUp; // bytes of connections that have ended, as below
+    private long _endedDown;
+    private long _up; // the same and those that run, while they are summed, as below
+    private long _down;
+
+    /// <summary>As of the last <see cref="Totals"/>. It never falls, though who ends is for a moment in neither sum.</summary>
+    internal long BytesUp { get; private set; }
+    internal long BytesDown { get; private set; }
+
+    internal void Begin() => (_up, _down) = (Volatile.Read(ref _endedUp), Volatile.Read(ref _endedDown));
+
+    internal void Add(long up, long down) => (_up, _down) = (_up + up, _down + down);
+
+    internal void Finish() => (BytesUp, BytesDown) = (Math.Max(BytesUp, _up), Math.Max(BytesDown, _down));
+
+    /// <summary>So many at once.</summary>
+    protected void Peak(int current)
+    {
+        for (int most = Volatile.Read(ref Most); current > most;)
+        {
+            most = Interlocked.CompareExchange(ref Most, current, most);
+        }
+    }
+
+    protected void Count(ConnectionLine line, CloseReason reason)
+    {
+        Interlocked.Add(ref _endedUp, line.BytesUp);
+        Interlocked.Add(ref _endedDown, line.BytesDown);
+        if (reason.Code is "CD" or "SD")
+        {
+            Interlocked.Increment(ref reason.Code == "CD" ? ref ClientResets : ref ServerResets);
+        }
+    }
+}
+
+internal sealed class RouteStats(string title) : Counters
+{
+    private const int MostEnds = 64; // the words of the operating system are not ours to number
+
+    private readonly Lock _gate = new();
+    private EndCount[] _ends = [new("--", "other")]; // the first for those beyond; replaced as a whole, under the gate
+
+    internal long Refused;
+
+    internal string Title { get; } = title;
+    internal Histogram ConnectTime { get; } = new(Histogram.Connects);
+    internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
+    internal EndCount[] Ends => Volatile.Read(ref _ends);
+
+    // as of the last look
+    internal List<ServerStats> Servers { get; set; } = [];
+    internal int Queued { get; set; }
+
+    internal void Accepted() => Interlocked.Increment(ref Connections);
+
+    /// <summary>It has its place among the connections.</summary>
+    internal void Entered() => Peak(Interlocked.Increment(ref Current));
+
+    internal void Ended(ConnectionLine line, CloseReason reason, bool hasEntered)
+    {
+        Count(line, reason);
+        Interlocked.Increment(ref (Find(reason) ?? Add(reason)).Count);
+        Interlocked.Add(ref Current, hasEntered ? -1 : 0);
+        Interlocked.Add(ref Refused, reason.IsRefusal ? 1 : 0);
+        if (line.ServerStats is { } server)
+        {
+            server.Ended(line, reason);
+            Duration.Add(line.Duration);
+        }
+    }
+
+    private EndCount? Find(CloseReason reason)
+    {
+        foreach (EndCount end in Ends)
+        {
+            if (end.Code == reason.Code && end.Words == reason.Kind)
+            {
+                return end;
+            }
+        }
+
+        return null;
+    }
+
+    private EndCount Add(CloseReason reason)
+    {
+        lock (_gate)
+        {
+            EndCount end = Find(reason) ?? (_ends.Length == MostEnds ? _ends[0] : new EndCount(reason.Code, reason.Kind));
+            Volatile.Write(ref _ends, Array.IndexOf(_ends, end) >= 0 ? _ends : [.. _ends, end]);
+            return end;
+        }
+    }
+}
+
+/// <summary>How many connections have ended so: <see cref="CloseReason.Code"/> and <see cref="CloseReason.Kind"/>.</summary>
+internal sealed class EndCount(string code, string words)
+{
+    internal long Count;
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+}
+
+internal sealed class ServerStats(RouteStats route) : Counters
+{
+    internal int Downs; // how often it went down
+    internal long ConnectMicroseconds; // of all Connections together
+
+    internal RouteStats RouteStats { get; } = route;
+    internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
+    internal string Check { get; set; } = ""; // what the last one found; "" = none yet
+    internal string LastFailure { get; set; } = ""; // of a connect
+    internal DateTime LastFailedAt { get; private set; }
+
+    // as of the last look
+    internal string Title { get; set; } = "";
+    internal string Address { get; set; } = "";
+    internal int Weight { get; set; }
+    internal bool IsBackup { get; set; }
+    internal int MaxConnections { get; set; } // 0 = off
+    internal bool IsUp { get; set; }
+    internal ServerMode Mode { get; set; } // which wins over the state
+    internal bool IsChecked { get; set; }
+    internal int Percent { get; set; } = 100; // of its share, in a slow start
+
+    internal string State => Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
+        : !IsUp ? "down" : Weight == 0 ? "drain" : "up";
+
+    internal void Connected(TimeSpan time, int current)
+    {
+        Interlocked.Increment(ref Connections);
+        Interlocked.Add(ref ConnectMicroseconds, (long)time.TotalMicroseconds);
+        Peak(current);
+        RouteStats.ConnectTime.Add(time);
+    }
+
+    internal void Failed(CloseReason reason)
+    {
+        Interlocked.Increment(ref ConnectFailures);
+        Interlocked.Increment(ref RouteStats.ConnectFailures);
+        (LastFailure, LastFailedAt) = (reason.Words, DateTime.UtcNow);
+    }
+
+    /// <summary>Another is tried instead.</summary>
+    internal void Retried()
+    {
+        Interlocked.Increment(ref Retries);
+        Interlocked.Increment(ref RouteStats.Retries);
+    }
+
+    internal void Turned(bool isDown)
+    {
+        Since = DateTime.UtcNow;
+        Interlocked.Add(ref Downs, isDown ? 1 : 0);
+    }
+
+    internal void Ended(ConnectionLine line, CloseReason reason) => Count(line, reason);
+}
+
+/// <summary>Times in buckets, as Prometheus has them.</summary>
+internal sealed class Histogram(long[] bounds)
+{
+    internal static readonly long[] Connects = // microseconds, as below
+        [500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000];
+    internal static readonly long[] Lives = [10_000, 100_000, 500_000, 1_000_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
+        300_000_000, 900_000_000, 3_600_000_000, 14_400_000_000, 86_400_000_000];
+
+    private readonly long[] _counts = new long[bounds.Length + 1]; // the last for what is longer than all
+    private long _sum;
+
+    internal long[] Bounds { get; } = bounds;
+    internal long Sum => Volatile.Read(ref _sum);
+
+    internal long CountAt(int bucket) => Volatile.Read(ref _counts[bucket]);
+
+    internal void Add(TimeSpan time)
+    {
+        long microseconds = (long)time.TotalMicroseconds;
+        int bucket = 0;
+        while (bucket < Bounds.Length && microseconds > Bounds[bucket])
+        {
+            bucket++;
+        }
+
+        Interlocked.Increment(ref _counts[bucket]);
+        Interlocked.Add(ref _sum, microseconds);
+    }
+}
+
+/// <summary>All counters at one moment, with what the running connections have moved, and these. It takes about a millisecond
+/// for 10,000 of them, so it is not for the threads of the event loop.</summary>
+internal sealed class Totals
+{
+    private static readonly Lock Gate = new();
+
+    internal Totals(IObserved proxy)
+    {
+        lock (Gate)
+        {
+            Routes = proxy.Look();
+            ForEach(counters => counters.Begin());
+            foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
+            {
+                if (watched is ISession session)
+                {
+                    Sessions.Add(session);
+                    (long up, long down) = (session.BytesUp, session.BytesDown);
+                    session.Line.RouteStats.Add(up, down);
+                    session.Line.ServerStats?.Add(up, down);
+                }
+            }
+
+            ForEach(counters => counters.Finish());
+        }
+    }
+
+    internal List<RouteStats> Routes { get; }
+    internal List<ISession> Sessions { get; } = []; // in no order
+
+    private void ForEach(Action<Counters> action) => Routes.ForEach(route =>
+    {
+        action(route);
+        route.Servers.ForEach(action);
+    });
 }
 
 // ---- control
@@ -7624,6 +8440,15 @@ internal static class Sweep
     {
         Volatile.Write(ref _stopAllAt, time);
         Bell.Set();
+    }
+
+    /// <summary>What is watched now.</summary>
+    internal static Watched[] Snapshot()
+    {
+        lock (Gate)
+        {
+            return _watched.AsSpan(0, _count).ToArray();
+        }
     }
 
     private static void Run()
