@@ -1160,6 +1160,12 @@ internal sealed class Route
         Line?.Serve();
     }
 
+    internal void Bound(int most)
+    {
+        Limit.Most = most;
+        Line?.Serve();
+    }
+
     /// <summary>The counters, with what is so at the moment.</summary>
     internal RouteStats Look()
     {
@@ -1605,8 +1611,8 @@ internal sealed class Proxy : IObserved
 /// with HAProxy's sentence for it.</summary>
 internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
 {
+    private const int Margin = 56; // where help starts
     private const int HeaviestWeight = 256;
-    private const int Column = 48; // where the help of a command starts
     private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
     private const string Columns = // of HAProxy 2.6
         "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
@@ -1622,29 +1628,28 @@ internal sealed class ControlCommand(string words, string arguments, string help
         + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
         + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
         + "h1_spliced_bytes_out";
-
     private static readonly ControlCommand[] Table =
     [
-        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => PutServers(proxy, words, ServerMode.Maintenance)),
-        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => PutServers(proxy, words, ServerMode.Ready)),
-        new("get weight", "<route>/<server>", "the weight of a server, and the one that was typed", GetWeight),
-        new("reload", "", "read again what was configured, and say what has changed", (proxy, _) => Reload(proxy)),
-        new("set maxconn frontend", "<route> <n>", "a route's --max-connections; 0 = off, as in those below", SetRouteLimit),
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
+        new("reload", "", "read again what was configured", Reload),
+        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
         new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
-        new("set maxconn server", "<route>/<server> <n>", "a server's max-connections", SetServerLimit),
+        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
         new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
         new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
         new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
-        new("set weight", "<route>/<server> <n>[%]", "as set server's weight", (proxy, words) => SetWeight(proxy, words, 1)),
-        new("show backend", "", "the names of the routes", ShowRoutes),
-        new("show info", "", "the process, one key a line", ShowInfo),
-        new("show servers state", "[<route>]", "servers, their states and weights", ShowServers),
-        new("show sess", "[<id>]", "connections that have a server, one a line (not those that wait for one)", ShowSessions),
-        new("show stat", "[up|no-maint]* [<route> <type> <sid>]", "counters of routes and servers (CSV)", ShowStat),
+        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "names of the routes", ShowRoutes),
+        new("show info", "", "about the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
+        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
         new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
         new("shutdown session", "<id>", "reset a connection", ShutDownSession),
         new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
-        new("help", "[<command>]", "list commands, or those that begin so", (_, words) => List(words)),
+        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
         new("prompt", "", "stay connected, with a prompt; or no longer"),
         new("quit", "", "disconnect"),
     ];
@@ -1653,8 +1658,7 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private readonly Func<Proxy, string[], string>? _answer = answer;
 
     private string Words { get; } = words;
-    private string Arguments { get; } = arguments;
-    private string Help { get; } = help;
+    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
 
     /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
     internal static string Answer(Proxy proxy, string[] words)
@@ -1666,19 +1670,15 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private static FormatException Unknown(string[] words)
     {
         string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
-        ControlCommand? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null);
-        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{(near is null ? "" : $"; did you mean '{near.Words}'?")}"
-            + $" One of these was expected:\n{List([])}");
+        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
+        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
     }
 
-    private static string List(string[] words)
+    private static string List(string start)
     {
-        string start = string.Join(' ', words);
-        ControlCommand[] fitting = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
-        StringBuilder text = new();
-        Array.ForEach(fitting.Length > 0 ? fitting : Table, one => text.Append($"  {one.Words} {one.Arguments}".PadRight(Column))
-            .Append(" : ").Append(one.Help).Append('\n'));
-        return text.ToString();
+        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
     }
 
     // ---- what is named
@@ -1688,15 +1688,13 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private static FormatException None(string what, string name, List<string> known)
     {
         string? near = Text.Nearest(name, [.. known]);
-        return new FormatException($"{what}. There is no '{Text.Escape(name)}'" + (near is not null ? $"; did you mean '{near}'?"
-            : known.Count is 0 or > 10 ? "" : $", but {string.Join(", ", known.ConvertAll(one => $"'{one}'"))}"));
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
     }
 
-    /// <summary>Those of that name, which may be several.</summary>
-    private static List<Route> Routes(Proxy proxy, string name, string what)
+    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
     {
         List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
-        return found.Count > 0 ? found : throw None($"No such {what}", name, proxy.Routes.ConvertAll(route => route.Title));
+        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
     }
 
     private static List<Server> ServersOf(Route route)
@@ -1706,84 +1704,67 @@ internal sealed class ControlCommand(string words, string arguments, string help
         return servers;
     }
 
-    /// <summary>ROUTE/SERVER: of that title, or all addresses of an upstream of that name. Either may have slashes in it.</summary>
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
     private static List<Server> ServersOf(Proxy proxy, string[] words)
     {
         string name = At(words, 0);
-        if (!name.Contains('/', StringComparison.Ordinal))
-        {
-            throw new FormatException("Require 'backend/server'.");
-        }
-
+        int slash = name.IndexOf('/', StringComparison.Ordinal);
         List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
-        routes = routes.Count > 0 ? routes : Routes(proxy, name[..name.IndexOf('/', StringComparison.Ordinal)], "backend");
+        routes = routes.Count > 0 ? routes
+            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
         List<Server> found = [];
         List<string> known = [];
         foreach (Route route in routes)
         {
-            string rest = name[(route.Title.Length + 1)..];
             List<Server> servers = ServersOf(route);
-            found.AddRange(servers.FindAll(server => rest == server.Title || rest == server.Upstream.Title));
             known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+            found.AddRange(servers.FindAll(server =>
+                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
         }
 
-        return found.Count > 0 ? found : throw None("No such server", name, known);
+        return found.Count > 0 ? found : throw None("server", name, known);
     }
 
-    // ---- servers
+    private static int Count(string[] words, int index, string expected) =>
+        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
+        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
+
+    // ---- to change
 
     private static string SetServer(Proxy proxy, string[] words)
     {
-        List<Server> servers = ServersOf(proxy, words);
-        switch (At(words, 1))
+        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        return At(words, 1) switch
         {
-            case "state":
-                int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
-                return mode >= 0 ? Put(servers, (ServerMode)mode)
-                    : throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'.");
-            case "weight":
-                return SetWeight(proxy, words, 2);
-            default:
-                throw new FormatException("usage: set server <backend>/<server> state | weight");
-        }
+            "weight" => SetWeight(proxy, words, 2),
+            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
+            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
+            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+        };
     }
 
-    private static string PutServers(Proxy proxy, string[] words, ServerMode mode) => Put(ServersOf(proxy, words), mode);
-
-    private static string Put(List<Server> servers, ServerMode mode)
+    private static string Put(Proxy proxy, string[] words, ServerMode mode)
     {
-        servers.ForEach(server => server.Balancer.Put(server, mode));
+        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
         return "";
     }
 
-    private static string GetWeight(Proxy proxy, string[] words)
-    {
-        Server server = ServersOf(proxy, words)[0];
-        return $"{server.Weight} (initial {server.Upstream.Weight})";
-    }
+    private static string GetWeight(Proxy proxy, string[] words) =>
+        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
 
     private static string SetWeight(Proxy proxy, string[] words, int index)
     {
         List<Server> servers = ServersOf(proxy, words);
-        string text = At(words, index);
-        bool isRelative = text.EndsWith('%');
-        if (!int.TryParse(text.TrimEnd('%'), NumberStyles.None, CultureInfo.InvariantCulture, out int number))
-        {
-            throw new FormatException("Require <weight> or <weight%>."
-                + (text.Length == 0 ? "" : $" '{Text.Escape(text)}' is neither"));
-        }
-
-        int Weight(Server server) => isRelative ? (int)Math.Min((long)server.Upstream.Weight * number / 100, int.MaxValue) : number;
-        if (servers.Exists(server => Weight(server) > HeaviestWeight))
-        {
-            throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive.");
-        }
-
-        servers.ForEach(server => server.Balancer.Weigh(server, Weight(server)));
+        bool isPercent = At(words, index).EndsWith('%');
+        words[Math.Min(index, words.Length - 1)] = At(words, index).TrimEnd('%');
+        int number = Count(words, index, "Require <weight> or <weight%>.");
+        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
+            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
+        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
         return "";
-    }
 
-    // ---- limits
+        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
+    }
 
     private static string SetServerLimit(Proxy proxy, string[] words)
     {
@@ -1795,11 +1776,10 @@ internal sealed class ControlCommand(string words, string arguments, string help
 
     private static string SetRouteLimit(Proxy proxy, string[] words)
     {
-        List<Route> routes = words.Length > 0 ? Routes(proxy, words[0], "frontend")
+        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
             : throw new FormatException("A frontend name is expected.");
         int most = Count(words, 1, "Integer value expected.");
-        routes.ForEach(route => (route.Limit.Most, _) = (most, 0));
-        routes.ForEach(route => route.Line?.Serve());
+        routes.ForEach(route => route.Bound(most));
         return "";
     }
 
@@ -1810,70 +1790,104 @@ internal sealed class ControlCommand(string words, string arguments, string help
         return "";
     }
 
-    private static int Count(string[] words, int index, string expected)
-    {
-        try
-        {
-            return Units.ParseCount(At(words, index));
-        }
-        catch (FormatException e)
-        {
-            throw new FormatException(At(words, index).Length == 0 ? expected : $"{expected} {e.Message}");
-        }
-    }
-
-    private static string Reload(Proxy proxy)
+    private static string Reload(Proxy proxy, string[] words)
     {
         proxy.Reload();
         return "";
     }
 
-    // ---- counters
+    // ---- connections
+
+    private static List<Bridge> Sessions(string? id = null)
+    {
+        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
+        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
+        List<Bridge> sessions = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
+            {
+                sessions.Add(bridge);
+            }
+        }
+
+        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return sessions;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
+        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
+        foreach (Bridge bridge in sessions)
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            string route = Word(line.RouteStats.Title);
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
+                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
+            : throw new FormatException("Session pointer expected (use 'show sess')."));
+        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
+        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
+        return "";
+    }
+
+    // ---- to look at
 
     private static string ShowInfo(Proxy proxy, string[] words)
     {
-        StringBuilder text = new();
         TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
         long files = Descriptors.Limit;
-        List<RouteStats> routes = new Totals(proxy).Routes;
-        Add("Name", "tcpproxy");
-        Add("Version", TcpProxy.Help.Version);
-        Add("Nbthread", proxy.Settings.Threads == 0 ? Environment.ProcessorCount : proxy.Settings.Threads);
-        Add("Nbproc", 1);
-        Add("Process_num", 1);
-        Add("Pid", Environment.ProcessId);
-        Add("Uptime", $"{up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s");
-        Add("Uptime_sec", (long)up.TotalSeconds);
-        Add("Ulimit-n", files);
-        Add("Maxsock", files);
-        Add("Maxconn", proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2);
-        Add("Hard_maxconn", files / 2);
-        Add("CurrConns", proxy.Limit.Count);
-        Add("CumConns", Sum(route => route.Connections));
-        Add("Listeners", proxy.Listeners);
-        Add("Stopping", proxy.IsDraining ? 1 : 0);
-        Add("DroppedLogs", proxy.Log.DroppedInAll);
-        Add("TotalBytesOut", Sum(route => route.BytesUp + route.BytesDown));
-        Add("Start_time_sec", ((DateTimeOffset)proxy.StartedAt).ToUnixTimeSeconds());
-        return text.ToString();
+        (long connections, long bytes) = (0, 0);
+        new Totals(proxy).Routes.ForEach(route =>
+            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
+        return $"""
+            Name: tcpproxy
+            Version: {TcpProxy.Help.Version}
+            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
+            Nbproc: 1
+            Process_num: 1
+            Pid: {Environment.ProcessId}
+            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
+            Uptime_sec: {Seconds(proxy.StartedAt)}
+            Ulimit-n: {files}
+            Maxsock: {files}
+            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
+            Hard_maxconn: {files / 2}
+            CurrConns: {proxy.Limit.Count}
+            CumConns: {connections}
+            node: {Environment.MachineName}
+            Stopping: {(proxy.IsDraining ? 1 : 0)}
+            Listeners: {proxy.Listeners}
+            DroppedLogs: {proxy.Log.DroppedInAll}
+            TotalBytesOut: {bytes}
+            Start_time_sec: {((DateTimeOffset)proxy.StartedAt).ToUnixTimeSeconds()}
 
-        void Add(string key, object value) => text.Append($"{key}: {value}\n");
-
-        long Sum(Func<RouteStats, long> of)
-        {
-            long sum = 0;
-            routes.ForEach(route => sum += of(route));
-            return sum;
-        }
+            """;
     }
 
     private static string ShowRoutes(Proxy proxy, string[] words) =>
         $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
 
-    /// <summary>Its format's version 1, in which HAProxy saves and loads them.</summary>
+    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
     private static string ShowServers(Proxy proxy, string[] words)
     {
-        List<Route> routes = words.Length == 0 ? proxy.Routes : Routes(proxy, words[0], "backend");
+        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
         StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
             + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
             + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
@@ -1884,107 +1898,123 @@ internal sealed class ControlCommand(string words, string arguments, string help
             foreach (Server server in ServersOf(route))
             {
                 bool isUp = server.IsUp(Environment.TickCount64);
-                string address = server.Targets is [IPEndPoint ip, ..] ? ip.Address.ToString() : Word(server.Upstream.Address.Text);
-                int port = server.Targets is [IPEndPoint { Port: int number }, ..] ? number : 0;
+                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
                 string check = !server.IsChecked ? "1 0 2 0" : isUp ? "6 3 4 6" : "8 2 0 6";
-                string mode = server.Mode switch { ServerMode.Ready => "0", ServerMode.Drain => "8", _ => "1" };
-                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} {address} ")
-                    .Append($"{(isUp && server.Mode != ServerMode.Maintenance ? 2 : 0)} {mode} {server.Weight} {server.Upstream.Weight} ")
-                    .Append($"{Seconds(server.Stats.Since)} {check} 0 0 0 {(server.Resolver is null ? "-" : server.Upstream.Address.Host)} ")
-                    .Append($"{port} - 0 0 - - 0\n");
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
+                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
+                    .Append(isUp && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
+                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
+                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
             }
         }
 
         return text.ToString();
     }
 
-    /// <summary>All rows; or those of a route, of a type (sum of: 1 the route's, 2 its servers' together, 4 each server's), of a server.
-    /// A number is theirs, -1 stands for all.</summary>
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
+    /// is any.</summary>
     private static string ShowStat(Proxy proxy, string[] words)
     {
-        bool isUpOnly = Array.IndexOf(words, "up") >= 0;
-        bool isMaintLess = Array.IndexOf(words, "no-maint") >= 0;
-        string[] filter = Array.FindAll(words, word => word is not ("up" or "no-maint"));
-        (int type, int only) = (-1, -1);
-        if (filter.Length > 0 && (filter.Length != 3 || !int.TryParse(filter[1], out type) || !int.TryParse(filter[2], out only)))
+        (int types, int only) = (-1, -1);
+        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
         {
-            throw new FormatException("usage: show stat [up|no-maint]* [<route> <type> <sid>], always as CSV");
+            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
         }
 
-        _ = new Totals(proxy); // looks at all of them
+        _ = new Totals(proxy); // which has all of them look
+        string[] columns = Columns.Split(',');
         StringBuilder text = new($"# {Columns},\n");
         List<Route> routes = proxy.Routes;
         for (int i = 0; i < routes.Count; i++)
         {
-            string title = routes[i].Title;
-            if (filter.Length == 0 || filter[0] == "-1" || filter[0] == Text.Of(i + 1) || filter[0] == title)
+            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
+            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
             {
-                AddRows(routes[i], (name, sid, kind, status, counters, cells) =>
+                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
                 {
-                    bool isWanted = kind != 2 || ((only < 0 || sid == only) && !(isUpOnly && status is "DOWN" or "MAINT" or "DRAIN")
-                        && !(isMaintLess && status == "MAINT"));
-                    if (isWanted && (type & (1 << kind)) != 0)
-                    {
-                        AddRow(text, [("pxname", title), ("svname", name), ("scur", counters.Current), ("smax", counters.Most),
-                            ("bin", counters.BytesUp), ("bout", counters.BytesDown), ("status", status), ("pid", 1), ("iid", i + 1),
-                            ("sid", sid), ("type", kind), ("mode", "tcp"), .. cells]);
-                    }
-                });
+                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
+                }
             }
         }
 
         return text.ToString();
     }
 
-    private delegate void Row(
-        string name, int sid, int kind, string status, Counters counters, (string Column, object Value)[] cells);
-
-    private static void AddRows(Route route, Row add)
+    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
     {
+        List<Dictionary<string, object>> rows = [];
         RouteStats stats = route.Stats;
-        int limit = route.Limit.Most;
-        add("FRONTEND", 0, 0, "OPEN", stats, [("slim", Limit(limit)), ("stot", stats.Connections - stats.Refused),
-            ("dcon", stats.Refused), ("conn_tot", stats.Connections)]);
-        int id = 0;
+        Add("FRONTEND", 0, 0, "OPEN", stats, new()
+        {
+            ["slim"] = Bound(route.Limit.Most),
+            ["stot"] = stats.Connections - stats.Refused,
+            ["conn_tot"] = stats.Connections,
+            ["dcon"] = stats.Refused,
+        });
+        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
         foreach (ServerStats server in stats.Servers)
         {
-            long connected = server.Connections;
-            string status = server.Mode == ServerMode.Maintenance ? "MAINT" : server.Mode == ServerMode.Drain ? "DRAIN"
-                : !server.IsUp ? "DOWN" : server.IsChecked ? "UP" : "no check";
-            add(server.Title, ++id, 2, status, server, [("slim", Limit(server.MaxConnections)), ("stot", connected),
-                ("econ", server.ConnectFailures), ("wredis", server.Retries), ("weight", server.Weight * server.Percent / 100),
-                ("act", server.IsBackup ? 0 : 1), ("bck", server.IsBackup ? 1 : 0), ("chkdown", server.Downs),
-                ("lastchg", Seconds(server.Since)), ("throttle", server.Percent < 100 ? server.Percent : ""), ("lbtot", connected),
-                ("cli_abrt", server.ClientResets), ("srv_abrt", server.ServerResets), ("last_chk", server.Check),
-                ("ctime", connected == 0 ? 0 : server.ConnectMicroseconds / connected / 1000), ("addr", server.Address),
-                ("uweight", server.Weight)]);
+            bool isUsable = server.State == "up";
+            int share = server.Weight * server.Percent / 100;
+            connections += server.Connections;
+            weight += isUsable ? share : 0;
+            active += isUsable && !server.IsBackup ? 1 : 0;
+            backup += isUsable && server.IsBackup ? 1 : 0;
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server, new()
+            {
+                ["slim"] = Bound(server.MaxConnections),
+                ["stot"] = server.Connections,
+                ["lbtot"] = server.Connections,
+                ["ctime"] = server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000,
+                ["weight"] = share,
+                ["uweight"] = server.Weight,
+                ["throttle"] = server.Percent < 100 ? server.Percent : "",
+                ["act"] = server.IsBackup ? 0 : 1,
+                ["bck"] = server.IsBackup ? 1 : 0,
+                ["chkdown"] = server.Downs,
+                ["lastchg"] = Seconds(server.Since),
+                ["last_chk"] = server.Check,
+                ["addr"] = server.Address,
+            });
         }
 
-        List<ServerStats> usable = stats.Servers.FindAll(server => server.State == "up");
-        (long total, int weight) = (0, 0);
-        stats.Servers.ForEach(server => total += server.Connections);
-        usable.ForEach(server => weight += server.Weight * server.Percent / 100);
-        add("BACKEND", 0, 1, usable.Count > 0 ? "UP" : "DOWN", stats, [("qcur", stats.Queued), ("slim", Limit(limit)), ("stot", total),
-            ("econ", stats.ConnectFailures), ("wredis", stats.Retries), ("weight", weight),
-            ("act", usable.FindAll(server => !server.IsBackup).Count), ("bck", usable.FindAll(server => server.IsBackup).Count),
-            ("qlimit", Limit(route.Settings.Pool.Queue)), ("lbtot", total), ("cli_abrt", stats.ClientResets),
-            ("srv_abrt", stats.ServerResets), ("algo", Policies[(int)route.Settings.Pool.Policy]), ("uweight", weight)]);
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, new()
+        {
+            ["slim"] = Bound(route.Limit.Most),
+            ["qcur"] = stats.Queued,
+            ["qlimit"] = Bound(route.Settings.Pool.Queue),
+            ["stot"] = connections,
+            ["lbtot"] = connections,
+            ["weight"] = weight,
+            ["uweight"] = weight,
+            ["act"] = active,
+            ["bck"] = backup,
+            ["algo"] = Policies[(int)route.Settings.Pool.Policy],
+        });
+        return rows;
 
-        static object Limit(int most) => most > 0 ? most : "";
+        void Add(string name, int type, int sid, string status, Counters counters, Dictionary<string, object> row)
+        {
+            (row["pxname"], row["svname"], row["iid"], row["sid"], row["type"]) = (route.Title, name, id, sid, type);
+            (row["pid"], row["mode"], row["status"]) = (1, "tcp", status);
+            (row["scur"], row["smax"], row["bin"], row["bout"]) = (counters.Current, counters.Most, counters.BytesUp, counters.BytesDown);
+            if (type != 0)
+            {
+                (row["econ"], row["wredis"]) = (counters.ConnectFailures, counters.Retries);
+                (row["cli_abrt"], row["srv_abrt"]) = (counters.ClientResets, counters.ServerResets);
+            }
+
+            rows.Add(row);
+        }
+
+        static object Bound(int most) => most > 0 ? most : "";
     }
 
-    private static void AddRow(StringBuilder text, (string Column, object Value)[] cells)
+    private static string Cell(object? value)
     {
-        string[] columns = Columns.Split(',');
-        string[] values = new string[columns.Length];
-        foreach ((string column, object cell) in cells)
-        {
-            string value = $"{cell}";
-            values[Array.IndexOf(columns, column)] = value.AsSpan().IndexOfAny(",\"\n") < 0 ? value
-                : $"\"{value.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
-        }
-
-        text.AppendJoin(',', values).Append(",\n");
+        string text = $"{value}";
+        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
     }
 
     /// <summary>A name between blanks.</summary>
@@ -1993,65 +2023,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
 
     /// <summary>Its two largest units.</summary>
-    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h" : time.Hours > 0
-        ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
-
-    // ---- connections
-
-    private static List<Bridge> Bridges()
-    {
-        List<Bridge> bridges = [];
-        foreach (Watched watched in Sweep.Snapshot())
-        {
-            if (watched is Bridge bridge)
-            {
-                bridges.Add(bridge);
-            }
-        }
-
-        bridges.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
-        return bridges;
-    }
-
-    private static string ShowSessions(Proxy proxy, string[] words)
-    {
-        StringBuilder text = new();
-        foreach (Bridge bridge in words.Length == 0 ? Bridges() : [Find(words[0], "Session not found.")])
-        {
-            ConnectionLine line = bridge.Line;
-            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
-                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
-            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={Word(line.RouteStats.Title)} be={Word(line.RouteStats.Title)} ")
-                .Append($"srv={Word(line.ServerStats!.Title)} age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
-        }
-
-        return text.ToString();
-    }
-
-    private static Bridge Find(string id, string none)
-    {
-        string digits = id.StartsWith("0x", StringComparison.Ordinal) ? id[2..] : id;
-        return uint.TryParse(digits, NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out uint number)
-            && Bridges().Find(bridge => bridge.Line.Id == number) is { } found ? found : throw new FormatException(none);
-    }
-
-    private static string ShutDownSession(Proxy proxy, string[] words)
-    {
-        if (words.Length == 0)
-        {
-            throw new FormatException("Session pointer expected (use 'show sess').");
-        }
-
-        Find(words[0], "No such session (use 'show sess').").ShutDown();
-        return "";
-    }
-
-    private static string ShutDownSessions(Proxy proxy, string[] words)
-    {
-        List<Server> servers = ServersOf(proxy, words);
-        Bridges().FindAll(bridge => servers.Exists(server => server.Stats == bridge.Line.ServerStats)).ForEach(bridge => bridge.ShutDown());
-        return "";
-    }
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
 }
 
 /// <summary>--explain: what would become of a client, and why.</summary>
@@ -3100,8 +3073,8 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal UpstreamSettings Upstream { get; } = upstream;
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = ""; // for the log, and for Maglev
     internal ServerStats Stats { get; } = new(balancer.RouteStats);
+    internal string Title { get => Stats.Title; set => Stats.Title = value; } // for the log, and for Maglev
     internal int Weight => OwnWeight ?? Upstream.Weight;
     internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
     internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
@@ -3133,7 +3106,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     /// <summary>The counters, with what is so at the moment.</summary>
     internal ServerStats Look(long now)
     {
-        (Stats.Title, Stats.Address) = (Title, Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text);
+        Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
         (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
         (Stats.Current, Stats.IsUp, Stats.Mode) = (Volatile.Read(ref Active), IsUp(now), Mode);
         (Stats.IsChecked, Stats.Percent) = (IsChecked, Percent(now));
@@ -8053,8 +8026,9 @@ internal sealed class ServerStats(RouteStats route) : Counters
     internal string LastFailure { get; set; } = ""; // of a connect
     internal DateTime LastFailedAt { get; private set; }
 
-    // as of the last look
     internal string Title { get; set; } = "";
+
+    // as of the last look
     internal string Address { get; set; } = "";
     internal int Weight { get; set; }
     internal bool IsBackup { get; set; }
@@ -8339,7 +8313,7 @@ internal static class ControlClient
         StringBuilder text = new();
         bool isError = false;
         bool isFirst = true; // of an answer
-        foreach (string line in answer.Trim('\n').Split('\n'))
+        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
         {
             bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
             string words = isMarked ? line[5..] : line;
