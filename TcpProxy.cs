@@ -150,7 +150,7 @@ internal static class Program
     {
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
-        Proxy proxy = new(settings);
+        Proxy proxy = new(settings) { Version = Help.Version };
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 ? null
@@ -1185,7 +1185,7 @@ internal sealed class Proxy : IObserved
         _log = new Log(settings.Log);
     }
 
-    public string Version => Help.Version;
+    public required string Version { get; init; }
     public DateTime StartedAt { get; } = DateTime.UtcNow;
     public bool IsDraining => _stopping.Task.IsCompleted;
 
@@ -7615,11 +7615,11 @@ internal sealed class Totals
         lock (Gate)
         {
             Routes = proxy.Look();
-            HashSet<string> names = [];
+            Dictionary<string, string> names = [];
             foreach (RouteStats route in Routes)
             {
                 route.Name = Unique(names, route.Title);
-                HashSet<string> known = [];
+                Dictionary<string, string> known = [];
                 route.Servers.ForEach(server => server.Name = Unique(known, server.Title));
             }
 
@@ -7642,10 +7642,10 @@ internal sealed class Totals
     internal List<RouteStats> Routes { get; }
     internal List<ISession> Sessions { get; } = []; // in no order
 
-    private static string Unique(HashSet<string> names, string title)
+    private static string Unique(Dictionary<string, string> names, string title)
     {
         string name = title;
-        for (int i = 2; !names.Add(name); i++)
+        for (int i = 2; !names.TryAdd(name, title); i++)
         {
             name = $"{title}#{Text.Of(i)}";
         }
@@ -7689,12 +7689,15 @@ internal sealed class Series
 internal sealed class Visitor(Socket socket) : Watched
 {
     private const int RequestTime = 5000; // ms
-    private const int AnswerTime = 30_000;
+    private const int AnswerTime = 10_000;
 
     private long _deadline = Environment.TickCount64 + RequestTime;
 
-    internal byte[] Request { get; } = new byte[8 << 10];
+    internal byte[] Buffer { get; } = new byte[8 << 10];
     internal int Length { get; set; } // of the request
+    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
+    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
+    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
     internal TaskCompletionSource<byte[]> Answer { get; } = new();
 
     internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
@@ -7742,11 +7745,11 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     {
         const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
         Visitor visitor = new(socket);
-        Memory<byte> buffer = visitor.Request;
+        Memory<byte> buffer = visitor.Buffer;
         Sweep.Add(visitor);
         try
         {
-            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !IsWhole(visitor); visitor.Length += length)
+            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
             {
                 length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
             }
@@ -7779,12 +7782,11 @@ internal sealed class StatsServer(IObserved proxy, Log log)
         }
     }
 
-    private static bool IsWhole(Visitor visitor) => visitor.Request.AsSpan(0, visitor.Length).IndexOf("\r\n\r\n"u8) >= 0;
-
     // ---- the thread
 
     private void Run()
     {
+        const int Interval = 1000 * Series.Interval;
         long next = Environment.TickCount64;
         double tired = 0; // ms
         while (true)
@@ -7802,13 +7804,24 @@ internal sealed class StatsServer(IObserved proxy, Log log)
             }
 
             long began = Stopwatch.GetTimestamp();
-            if (Environment.TickCount64 >= next)
+            try
             {
-                Sample();
-                next = Math.Max(next, Environment.TickCount64 - (1000 * Series.Interval)) + (1000 * Series.Interval);
+                if (Environment.TickCount64 >= next)
+                {
+                    next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
+                    Sample();
+                }
+
+                visitor?.Answer.SetResult(Answer(visitor));
+            }
+#pragma warning disable CA1031 // a surprise on this page must not end the proxy
+            catch (Exception e)
+#pragma warning restore CA1031
+            {
+                log.Event(LogLevel.Error, "internal-error", e.ToString());
+                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
             }
 
-            visitor?.Answer.SetResult(Answer(visitor.Request.AsSpan(0, visitor.Length)));
             tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
             Thread.Sleep((int)tired);
             tired -= (int)tired;
@@ -7824,23 +7837,17 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     // ---- HTTP
 
     /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
-    private byte[] Answer(ReadOnlySpan<byte> request)
+    private byte[] Answer(Visitor visitor)
     {
         LogText body = new(isJson: true);
         string type = "text/plain";
-        string status = "400 Bad Request";
-        int end = request.IndexOf("\r\n"u8);
-        string[] words = Encoding.Latin1.GetString(request[..Math.Max(end, 0)]).Split(' ');
-        bool isHead = words[0] == "HEAD";
-        if (request.IndexOf("\r\n\r\n"u8) < 0)
-        {
-            status = request.Length < 8 << 10 ? status : "431 Request Header Fields Too Large";
-        }
-        else if (words.Length == 3 && words[2] is "HTTP/1.1" or "HTTP/1.0")
-        {
-            status = !isHead && words[0] != "GET" ? "405 Method Not Allowed\r\nAllow: GET, HEAD" : Write(body, words[1], ref type);
-        }
-
+        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
+        string[] words = lines[0].Split(' ');
+        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
+            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
+            : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
+            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
+            : Write(body, words[1], ref type);
         if (body.Bytes.Length == 0)
         {
             body.Append($"{status.Split('\r')[0]}\n");
@@ -7851,10 +7858,22 @@ internal sealed class StatsServer(IObserved proxy, Log log)
             + "Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\nContent-Security-Policy: default-src "
             + "'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
             + "form-action 'none'; frame-ancestors 'none'\r\n\r\n");
-        return isHead ? head : [.. head, .. body.Bytes];
+        return words[0] == "HEAD" ? head : [.. head, .. body.Bytes];
     }
 
-    /// <summary>The status.</summary>
+    /// <summary>A page from elsewhere can make its own name mean this machine (DNS rebinding), and ask in the reader's browser.
+    /// What asks at a loopback address by a name with a dot is one.</summary>
+    private static bool IsForeign(string[] lines)
+    {
+        const string Header = "host:";
+        string host = Array.Find(lines, line => line.StartsWith(Header, StringComparison.OrdinalIgnoreCase))?[Header.Length..].Trim() ?? "";
+        int port = host.LastIndexOf(':');
+        string name = port < 0 || host.EndsWith(']') ? host : host[..port];
+        return name.Contains('.', StringComparison.Ordinal) && !IPAddress.TryParse(name, out _)
+            && !name.EndsWith(".localhost", StringComparison.OrdinalIgnoreCase);
+    }
+
+    /// <summary>Returns the status.</summary>
     private string Write(LogText body, string target, ref string type)
     {
         string[] parts = target.Split('?');
@@ -7873,7 +7892,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
                 new StatsPage(proxy, log, body).WriteMetrics();
                 return "200 OK";
             case "/healthz":
-                string? illness = StatsPage.Illness(proxy);
+                string? illness = StatsPage.Illness(proxy, proxy.Look());
                 body.Append($"{illness ?? "ok"}\n");
                 return illness is null ? "200 OK" : "503 Service Unavailable";
             default:
@@ -7895,8 +7914,8 @@ internal sealed class StatsPage
     internal StatsPage(IObserved proxy, Log log, LogText text) => (_proxy, _log, _text, _totals) = (proxy, log, text, new Totals(proxy));
 
     /// <summary>Null when all is well.</summary>
-    internal static string? Illness(IObserved proxy) => proxy.IsDraining ? "draining"
-        : proxy.Look().Find(route => !route.Servers.Exists(server => server.State == "up")) is { } route
+    internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
+        : routes.Find(route => !route.Servers.Exists(server => server.State == "up")) is { } route
             ? $"route {Text.Escape(route.Title)} has no server up" : null;
 
     // ---- JSON
@@ -7909,7 +7928,7 @@ internal sealed class StatsPage
         long first = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, CultureInfo.InvariantCulture,
             out long wanted) ? Math.Min(wanted, samples) : 0;
         first = Math.Max(first, samples - Series.Length);
-        string? illness = Illness(_proxy);
+        string? illness = Illness(_proxy, _totals.Routes);
         _text.Begin();
         _text.Add("version", _proxy.Version);
         _text.Add("pid", Environment.ProcessId);
@@ -8032,11 +8051,25 @@ internal sealed class StatsPage
     /// <summary>Those with the most bytes, or the youngest.</summary>
     private void WriteSessions(bool isNew)
     {
-        List<ISession> sessions = _totals.Sessions;
-        long[] keys = [.. sessions.ConvertAll(session => isNew ? session.Line.Age.Ticks : -session.BytesUp - session.BytesDown)];
-        ISession[] sorted = [.. sessions];
-        Array.Sort(keys, sorted);
-        foreach (ISession session in sorted.AsSpan(0, Math.Min(MostSessions, sorted.Length)))
+        List<ISession> first = [];
+        foreach (ISession session in _totals.Sessions)
+        {
+            int place = first.Count;
+            while (place > 0 && IsBefore(session, first[place - 1]))
+            {
+                place--;
+            }
+
+            if (place < MostSessions)
+            {
+                first.Insert(place, session);
+                first.RemoveRange(Math.Min(first.Count, MostSessions), first.Count - Math.Min(first.Count, MostSessions));
+            }
+        }
+
+        bool IsBefore(ISession a, ISession b) => isNew ? a.Line.Age < b.Line.Age : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
+
+        foreach (ISession session in first)
         {
             _text.Open("{");
             _text.Add("route", session.Line.RouteStats.Name);
@@ -8207,7 +8240,7 @@ b { font-weight: 600 } .pill { border-radius: 99px; padding: 1px 10px; font-size
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin-bottom: 12px; min-width: 0 }
 .tile { padding: 12px 0 0; overflow: hidden; margin: 0 } .tile > div { padding: 0 16px } .tile strong { font-size: 22px; font-weight: 650;
   letter-spacing: -.02em } .tiles + * { margin-top: 12px }
-.cols { display: grid; grid-template-columns: 1fr 1fr; gap: 8px 24px; margin: 10px 0 } .main { display: grid; gap: 16px 28px;
+.cols { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px 24px; margin: 10px 0 } .main { display: grid; gap: 16px 28px;
   grid-template-columns: minmax(0, 1fr) 270px }
 svg { display: block; width: 100%; height: 56px; overflow: visible } .tile svg { height: 44px } .graph { border-bottom: 1px solid var(--line) }
 svg path { fill: none; stroke: var(--c); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linejoin: round }
@@ -8217,16 +8250,17 @@ svg path.area { fill: var(--c); fill-opacity: .13; stroke: none } .mark { stroke
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
 th { text-align: right; padding: 0 0 3px 12px; white-space: nowrap } td { text-align: right; padding: 4px 0 4px 12px; white-space: nowrap;
   border-top: 1px solid var(--line) } th:first-child, td:first-child { text-align: left; padding-left: 0 } .l { text-align: left }
-td:first-child { max-width: 320px; overflow: hidden; text-overflow: ellipsis } .dot { display: inline-block; width: 8px; height: 8px;
+th, td { min-width: 62px } td:first-child { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis } .even td:first-child { width: auto; max-width: none } .dot { display: inline-block; width: 8px; height: 8px;
   border-radius: 50%; background: var(--c); margin-right: 8px } td small { font-size: 12px; color: var(--dim); margin-left: 6px }
 .bar { height: 4px; border-radius: 2px; background: var(--soft); margin: 2px 0 7px } .bar i { display: block; height: 4px;
   border-radius: 2px; background: var(--c); min-width: 2px } .end { display: flex; gap: 8px; font-size: 13px; align-items: baseline }
-.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px } .end span { flex: 1; overflow: hidden;
+.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px } .end span:nth-child(2) { flex: 1; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap }
 button { font: inherit; font-size: 12px; color: var(--dim); background: none; border: 0; padding: 2px 8px; border-radius: 6px; cursor: pointer }
 button.on, button:hover { background: var(--soft); color: var(--ink) } .old main { opacity: .45 } .z { color: var(--dim); opacity: .55 }
-@media (max-width: 760px) { body { padding: 12px } .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .cols, .main { grid-template-columns: 1fr }
-  .w { display: none } .facts { margin-left: 0 } td:first-child { max-width: 160px } .card { padding: 12px } .tile { padding: 10px 0 0 } }
+@media (max-width: 760px) { body { padding: 12px } .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .cols { grid-template-columns: 1fr 1fr }
+  .main { grid-template-columns: minmax(0, 1fr) }
+  .w { display: none } th, td { min-width: 0 } .facts { margin-left: 0 } .cols > :first-child { grid-column: span 2 } .card { padding: 12px } .tile { padding: 10px 0 0 } }
 </style>
 <header></header><main><noscript>This page draws itself with its script. The same numbers: <a href="stats.json">stats.json</a>,
 <a href="metrics">metrics</a>.</noscript></main>
@@ -8254,12 +8288,12 @@ function graph(text, ...lines) { // [name, color, values]: the newest on the rig
     if (path) svg.append($('-path', { class: 'area', d: `M${from} 30L${path}L${KEEP - 1} 30`, ...color(c) }), $('-path', { d: 'M' + path, ...color(c) })) }
   svg.lines = lines; svg.text = text; svg.legend = lines.length > 1 || lines[0][0] ? $('div', { class: 'legend' },
     lines.map(([name, c, values]) => $('span', {}, $('i', color(c)), name, ' ', $('b', {}, text(last(values))))),
-    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`)) : ''
+    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`, $('span', { class: 'w' }, ' in 5 min'))) : ''
   return svg }
 const tile = (title, text, c, values) => $('div', { class: 'card tile' }, $('div', {}, $('h3', {}, title),
   $('strong', {}, text(last(values)))), graph(text, ['', c, values]))
 const facts = (...pairs) => $('span', { class: 'facts' }, pairs.filter(Boolean).map(([n, what]) => $('span', {}, $('b', {}, n), ' ', what)))
-const table = (heads, rows) => $('div', { class: 'scroll' }, $('table', {}, $('tr', {}, heads.map(([t, c]) => $('th', { class: c ?? '' }, t))),
+const table = (heads, rows, style = '') => $('div', { class: 'scroll' }, $('table', { class: style }, $('tr', {}, heads.map(([t, c]) => $('th', { class: c ?? '' }, t))),
   rows.map(cells => $('tr', {}, cells.map((cell, i) => $('td', { class: heads[i][1] ?? '', ...(cell?.title ? { title: cell.title } : {}) }, cell ?? ''))))))
 
 const opened = new Set
@@ -8269,7 +8303,7 @@ function servers(route) {
   return $('div', {}, table([['server'], ['now'], ['total'], ['↑', 'w'], ['↓', ''], ['connect', 'w'], ['failed'], ['weight', 'w']], few.map(s => [
     $('span', { title: `${s.address}, ${s.state} since ${s.since}` + (s.last_failure ? `; last failure: ${s.last_failure} ${s.last_failed}` : '')
       + (s.check ? `; check: ${s.check}` : '') }, $('i', { class: 'dot', ...color(state[s.state]) }), s.name, $('small', {}, s.state != 'up'
-      ? `${s.state} ${s.state == 'down' ? s.last_failure || s.check : ''}` : s.backup ? 'backup' : '')),
+      ? s.state + (s.state == 'down' && (s.check || s.last_failure) ? ` · ${s.check || s.last_failure}` : '') : s.backup ? 'backup' : '')),
     dimZero(s.current), dimZero(s.connections), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes),
     s.connections ? `${(s.connect_time_us / s.connections / 1000).toFixed(1)} ms` : $('span', { class: 'z' }, '–'),
     dimZero(s.connect_failures), s.weight])), all.length > few.length || opened.has(route.name) ? $('button', { click: () => {
@@ -8285,14 +8319,14 @@ function ends(route) {
 
 function card(route, h) {
   const traffic = graph(rate, ['↑ from clients', '--up', h.bytes_up], ['↓ to clients', '--down', h.bytes_down])
-  const work = graph(count, ['connections', '--now', h.current], ['new/s', '--good', h.connections])
+  const now = graph(count, ['connections', '--now', h.current]), fresh = graph(persec, ['new', '--good', h.connections])
   const up = route.servers.filter(s => s.state == 'up').length
   return $('section', { class: 'card' }, $('h2', {}, route.name, $('span', { class: 'pill', ...color(up == route.servers.length ? '--good'
     : up ? '--warn' : '--bad') }, `${up} of ${route.servers.length} up`), facts([count(route.current), route.limit ? `of ${count(route.limit)} now` : 'now'],
     [count(route.max_current), 'max'], [count(route.connections), 'total'], [bytes(route.bytes_up), '↑'], [bytes(route.bytes_down), '↓'],
     route.queued && [count(route.queued), 'queued'], route.refused && [count(route.refused), 'refused'], route.connect_failures
-    && [count(route.connect_failures), 'failed connects'])), $('div', { class: 'cols' }, $('div', {}, traffic.legend, traffic),
-    $('div', {}, work.legend, work)), $('div', { class: 'main' }, servers(route), ends(route))) }
+    && [count(route.connect_failures), 'failed connects'])), $('div', { class: 'cols' }, [traffic, now, fresh].map(g =>
+    $('div', {}, g.legend, g))), $('div', { class: 'main' }, servers(route), ends(route))) }
 
 let S, H = {}, samples = 0, order = 'bytes', lost = 0, busy, pointer
 const orders = { bytes: 'most bytes', new: 'newest' }
@@ -8304,7 +8338,7 @@ function render() {
   document.body.className = lost ? 'old' : ''
   document.querySelector('header').replaceChildren($('h1', {}, 'tcpproxy'), $('span', { class: 'pill', ...color(lost || S.health != 'ok' ? '--bad' : '--good') },
     lost ? `no answer since ${new Date(lost).toLocaleTimeString()}` : S.health == 'ok' ? 'healthy' : S.health), facts([span(S.uptime_s), 'up'],
-    [bytes(S.resident_bytes), 'memory'], [span(S.cpu_ms / 1000), 'processor'], S.log_dropped && [count(S.log_dropped), 'log lines dropped'], [S.version, '']))
+    [bytes(S.resident_bytes), 'memory'], [span(S.cpu_ms / 1000), 'processor'], S.log_dropped && [count(S.log_dropped), 'log lines dropped'], ['version', S.version]))
   const y = scrollY
   document.querySelector('main').replaceChildren($('div', { class: 'tiles' }, tile('connections', count, '--now', sum('current')),
     tile('new connections', persec, '--good', sum('connections')), tile('↑ from clients', rate, '--up', sum('bytes_up')),
@@ -8312,7 +8346,7 @@ function render() {
     $('section', { class: 'card' }, $('h2', {}, 'sessions', $('span', {}, Object.keys(orders).map(o => $('button', { class: o == order ? 'on' : '',
       click: () => { order = o; poll() } }, orders[o]))), facts([count(S.sessions.length), `of ${count(S.current)}`])),
     table([['client'], ['route', many ? 'l w' : 'w'], ['server', 'l'], ['age'], ['↑'], ['↓']], S.sessions.map(s => [s.client, many ? s.route : '',
-      s.server, span(s.age_ms / 1000), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes)]))))
+      s.server, span(s.age_ms / 1000), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes)]), 'even')))
   scrollTo(0, y); hover() }
 function hover() {
   const svg = pointer && document.elementFromPoint(pointer[0], pointer[1])?.closest?.('svg'); if (!svg?.lines) return
