@@ -197,7 +197,7 @@ public sealed class ReloadTests : EndToEndTest
         await Reload(proxy, Text("1 max-connections=3"));
         Peer refused = await Given.Client(proxy);
         await refused.ExpectReset(); // the first still has its three, and the other came back as a new server
-        Assert.Equal(2, proxy.Lines.Count(l => l.Event == "server" && l["state"] == "down"));
+        await proxy.LinesOf("server", 2, l => l["state"] == "down");
 
         string Text(string weight) => $"fail-timeout 1h\nmax-fails 1\nretries 5\nlisten 127.0.0.1:0\nname web\nbalance first\n"
             + $"upstream 127.0.0.1:{dead}\nupstream {first.Address} weight={weight}\n";
