@@ -133,6 +133,8 @@ internal static class Program
                 Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                Command.Control => Tell(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout),
+                Command.ReloadDryRun => DryRun(settings),
                 _ => await RunAsync(settings, args),
             };
         }
@@ -168,6 +170,27 @@ internal static class Program
                 proxy.Stop();
             }
         }
+    }
+
+    /// <summary>Only the running process knows what it runs with.</summary>
+    private static int DryRun(Settings settings)
+    {
+        string path = settings.Control is { Kind: AddressKind.Unix } control ? control.Host : throw new IOException(
+            "--reload-dry-run: the running process is asked by its --control unix:PATH, and there is none in this configuration");
+        try
+        {
+            return Tell(path, "reload dry-run", settings.WaitTimeout);
+        }
+        catch (IOException e)
+        {
+            throw new IOException($"--reload-dry-run: no running process answers: {e.Message["--ctl: ".Length..]}");
+        }
+    }
+
+    private static int Tell(string path, string command, TimeSpan patience)
+    {
+        (string answer, bool isError) = ControlClient.Ask(path, command, patience);
+        return Print(answer) == ExitStatus.Done && !isError ? ExitStatus.Done : ExitStatus.Failed;
     }
 
     private static int Print(string text) =>
@@ -440,6 +463,15 @@ internal sealed class Option(
         new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
+            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
+            + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
+            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } address ? address
+                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH")),
+        new("ctl", '\0', "PATH COMMAND...", "observe", Scope.CommandLine, "",
+            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
+            + "or 1 when it is an error, or has not come within --timeout.",
+            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
 
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
@@ -448,6 +480,11 @@ internal sealed class Option(
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
+        new("reload-dry-run", '\0', "", "run", Scope.CommandLine, "",
+            "Print what HUP would change in the running process, and exit: 0, or 1 when none answers at the --control of this "
+            + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! before "
+            + "what only a restart changes.",
+            (s, _, _) => s.Command = Command.ReloadDryRun),
         new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
             + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
@@ -479,7 +516,7 @@ internal sealed class Option(
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
             (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
         new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
-            "How long --wait-for waits.",
+            "How long --wait-for and --ctl wait.",
             (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
         new("quiet", 'q', "", "run", Scope.Live, "",
             "Log warnings and errors only.",
@@ -555,7 +592,12 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain)
+        else if (settings.Command == Command.Control)
+        {
+            settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
+                : throw new FormatException("--ctl: no command follows; 'help' lists them");
+        }
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -592,6 +634,11 @@ internal static class CommandLine
             else if (word[1] == '-')
             {
                 ReadLong(word, words, typed);
+                if (typed[^1].Option.Name == "ctl")
+                {
+                    positional.AddRange(words); // the command, whatever it looks like
+                    return;
+                }
             }
             else
             {
@@ -858,6 +905,7 @@ internal static class Help
           tcpproxy [DEFAULTS] -l LISTEN -u UPSTREAM... [OPTIONS] [-l ...]      many routes
           tcpproxy -c FILE [OPTIONS]                                           the same options from a file
           tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
+          tcpproxy --ctl PATH COMMAND...                                       tell a running proxy something
 
         """;
 
@@ -946,8 +994,10 @@ internal enum Command
     FullHelp,
     Version,
     CheckConfig,
+    ReloadDryRun,
     Explain,
     WaitFor,
+    Control,
 }
 
 /// <summary>An option that holds: as it was typed and where, or its default, which was typed nowhere. What is lasting holds from
@@ -979,6 +1029,9 @@ internal sealed class Settings(Settings? running = null)
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal string ControlPath { get; set; } = ""; // of --ctl
+    internal string ControlCommand { get; set; } = "";
+    internal ListenAddress? Control { get; set; }
     internal ExplainQuery? Explain { get; set; }
     internal List<Choice> Choices { get; private set; } = []; // of the process
     internal List<RouteSettings> Routes { get; private set; } = [];
@@ -1126,6 +1179,7 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        Stats = old?.Stats ?? new RouteStats(Title);
         Limit = old?.Limit ?? new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = old?.Line ?? new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
         Refusals = new Refusals(Title, log);
@@ -1142,7 +1196,7 @@ internal sealed class Route
             {
                 UpstreamPool? before = old?.PoolOf(upstream.ServerNames) is { } one && !taken.Contains(one) ? one : null;
                 UpstreamPool pool = new([.. settings.Upstreams.FindAll(one => Group(one) == group)],
-                    settings.Pool, settings.Connect, Title, log, before);
+                    settings.Pool, settings.Connect, Stats, log, before);
                 taken.AddRange(before is null ? [] : [before]);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
@@ -1158,6 +1212,7 @@ internal sealed class Route
 
     internal RouteSettings Settings { get; }
     internal string Title { get; }
+    internal RouteStats Stats { get; }
     internal ConnectionLimit Limit { get; }
     internal WaitingLine Line { get; } // for room among the connections
     internal Refusals Refusals { get; }
@@ -1187,7 +1242,7 @@ internal sealed class Route
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
     {
-        Limit.Most = Settings.MaxConnections;
+        (Stats.Title, Limit.Most) = (Title, Settings.MaxConnections);
         (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
         Addresses?.Use(Settings.Limits, Title);
         Rates?.PutInForce();
@@ -1223,6 +1278,22 @@ internal sealed class Route
     private UpstreamPool? PoolOf(string[]? names) => names is null ? Pool
         : Array.Find(names, name => _named.ContainsKey(Key(name))) is { } known ? _named[Key(known)] : null;
 
+    internal void Bound(int most)
+    {
+        Limit.Most = most;
+        Line.Serve();
+    }
+
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal RouteStats Look()
+    {
+        List<ServerStats> servers = [];
+        int queued = Line.Count;
+        Pools.ForEach(pool => queued += pool.Look(servers));
+        (Stats.Servers, Stats.Queued) = (servers, queued);
+        return Stats;
+    }
+
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
     {
@@ -1236,7 +1307,7 @@ internal sealed class Route
     }
 }
 
-internal sealed class Proxy
+internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
 
@@ -1245,11 +1316,11 @@ internal sealed class Proxy
     private readonly Settings _settings; // as a reload leaves them
     private readonly Func<Settings, Settings> _read; // what was typed, and the file as it is now
     private readonly Log _log;
-    private readonly ConnectionLimit _limit; // over all routes
     private readonly Lock _changing = new(); // held while what follows changes
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
+    private readonly List<Acceptor> _controls = []; // owned; disposed at the end
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1261,10 +1332,21 @@ internal sealed class Proxy
     internal Proxy(Settings settings, Func<Settings, Settings> read)
     {
         (_settings, _read) = (settings, read);
-        _limit = new ConnectionLimit(settings.MaxConnections, null);
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
+        Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
+
+    public bool IsDraining => _stopping.Task.IsCompleted;
+
+    internal ConnectionLimit Limit { get; }
+    internal List<Route> Routes => _routes;
+    internal Settings Settings => _settings;
+    internal Log Log => _log;
+    internal int Listeners => _acceptors.Count;
+    internal DateTime StartedAt { get; } = DateTime.UtcNow;
+
+    public List<RouteStats> Look() => _routes.ConvertAll(route => route.Look());
 
     /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
@@ -1275,7 +1357,9 @@ internal sealed class Proxy
         {
             lock (_changing)
             {
+                BindControl();
                 PutInForce(_settings);
+                _controls.ForEach(acceptor => acceptor.Start());
             }
 
             await _stopping.Task;
@@ -1284,6 +1368,7 @@ internal sealed class Proxy
         finally
         {
             StopAccepting();
+            _controls.ForEach(acceptor => acceptor.Dispose());
             _files.ForEach(WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
@@ -1377,7 +1462,7 @@ internal sealed class Proxy
             foreach (RouteSettings settings in next.Routes)
             {
                 Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
-                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, _limit, _log, old));
+                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, _log, old));
                 OpenTaps(routes[^1].Settings, opened);
             }
 
@@ -1410,7 +1495,7 @@ internal sealed class Proxy
         List<TimeSpan> bounds = [next.DrainTimeout];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
-        _limit.Most = next.MaxConnections;
+        Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
         gone.ForEach(route => route.StopChecks());
         added.ForEach(route => route.PutInForce());
         acceptors.ForEach(acceptor => acceptor.Start());
@@ -1471,6 +1556,24 @@ internal sealed class Proxy
         catch (Exception e) when (e is SocketException or IOException)
         {
             throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}");
+        }
+    }
+
+    private void BindControl()
+    {
+        if (_settings.Control is not { } address)
+        {
+            return;
+        }
+
+        try
+        {
+            ControlServer server = new(words => ControlCommand.Answer(this, words), _log);
+            Acceptor.Bind(address, _log, (client, _) => server.Accepted(client), _controls, isPrivate: true);
+        }
+        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--control: cannot listen on {address.Text}: {Text.Reason(e)}");
         }
     }
 
@@ -1570,7 +1673,7 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title);
+        ConnectionLine line = new(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1578,6 +1681,7 @@ internal sealed class Proxy
         Conversation? taps = null;
         try
         {
+            route.Stats.Accepted();
             line.Client = client.RemoteEndPoint;
             if (_log.Has(LogLevel.Debug))
             {
@@ -1599,6 +1703,7 @@ internal sealed class Proxy
                 return;
             }
 
+            route.Stats.Entered();
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
             if (reason is null && route.Addresses is { } addresses)
@@ -1618,7 +1723,7 @@ internal sealed class Proxy
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server);
+                line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1628,8 +1733,8 @@ internal sealed class Proxy
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge, line)
-                    : RelayTappedAsync(route, connection, bridge, line, taps);
+                _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
+                    : RelayTappedAsync(route, connection.Place!, bridge, taps);
                 return;
             }
 
@@ -1674,33 +1779,33 @@ internal sealed class Proxy
         BridgeSettings settings = route.Settings.Bridge;
         AccessRules access = route.Settings.Access;
         return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
-            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
+            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private async Task RelayAsync(Route route, Server server, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Server server, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private void Ended(Route route, Server server, Bridge bridge)
     {
-        connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        server.Leave();
+        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -1718,7 +1823,7 @@ internal sealed class Proxy
         }
 
         return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
-            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1752,6 +1857,8 @@ internal sealed class Proxy
             route.Leave();
         }
 
+        line.Ended(reason);
+        route.Stats.Ended(line, reason, isAdmitted);
         if (reason.Error is { } error)
         {
             _log.Event(LogLevel.Error, "internal-error", error.ToString());
@@ -1763,8 +1870,7 @@ internal sealed class Proxy
         }
         else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            line.Ended(reason.Code, reason.Words); // (8)
-            _log.Ended(line);
+            _log.Ended(line); // (8)
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
@@ -1849,6 +1955,427 @@ internal static class Difference
         List<Choice> left = [.. others];
         return choices.FindAll(choice => !left.Remove(left.Find(choice.Is)!));
     }
+}
+
+/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
+/// with HAProxy's sentence for it.</summary>
+internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
+{
+    private const int Margin = 56; // where help starts
+    private const int HeaviestWeight = 256;
+    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
+    private const string Columns = // of HAProxy 2.6
+        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
+        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
+        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
+        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
+        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
+        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
+        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
+        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
+        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
+        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
+        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
+        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
+        + "h1_spliced_bytes_out";
+    private static readonly ControlCommand[] Table =
+    [
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
+        new("reload", "[dry-run]", "read the file again, and apply (or say) what is different", Reload),
+        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
+        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
+        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
+        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
+        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
+        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
+        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "names of the routes", ShowRoutes),
+        new("show info", "", "about the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
+        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
+        new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
+        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
+        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
+        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
+        new("prompt", "", "stay connected, with a prompt; or no longer"),
+        new("quit", "", "disconnect"),
+    ];
+
+    private readonly string[] _words = words.Split(' ');
+    private readonly Func<Proxy, string[], string>? _answer = answer;
+
+    private string Words { get; } = words;
+    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
+
+    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
+    internal static string Answer(Proxy proxy, string[] words)
+    {
+        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+    }
+
+    private static FormatException Unknown(string[] words)
+    {
+        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
+        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
+    }
+
+    private static string List(string start)
+    {
+        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
+    }
+
+    // ---- what is named
+
+    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
+
+    private static FormatException None(string what, string name, List<string> known)
+    {
+        string? near = Text.Nearest(name, [.. known]);
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
+    }
+
+    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
+    {
+        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
+        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
+    }
+
+    private static List<Server> ServersOf(Route route)
+    {
+        List<Server> servers = [];
+        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
+        return servers;
+    }
+
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
+    private static List<Server> ServersOf(Proxy proxy, string[] words)
+    {
+        string name = At(words, 0);
+        int slash = name.IndexOf('/', StringComparison.Ordinal);
+        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
+        routes = routes.Count > 0 ? routes
+            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
+        List<Server> found = [];
+        List<string> known = [];
+        foreach (Route route in routes)
+        {
+            List<Server> servers = ServersOf(route);
+            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+            found.AddRange(servers.FindAll(server =>
+                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
+        }
+
+        return found.Count > 0 ? found : throw None("server", name, known);
+    }
+
+    private static int Count(string[] words, int index, string expected) =>
+        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
+        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
+
+    // ---- to change
+
+    private static string SetServer(Proxy proxy, string[] words)
+    {
+        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        return At(words, 1) switch
+        {
+            "weight" => SetWeight(proxy, words, 2),
+            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
+            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
+            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+        };
+    }
+
+    private static string Put(Proxy proxy, string[] words, ServerMode mode)
+    {
+        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
+        return "";
+    }
+
+    private static string GetWeight(Proxy proxy, string[] words) =>
+        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
+
+    private static string SetWeight(Proxy proxy, string[] words, int index)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        bool isPercent = At(words, index).EndsWith('%');
+        words[Math.Min(index, words.Length - 1)] = At(words, index).TrimEnd('%');
+        int number = Count(words, index, "Require <weight> or <weight%>.");
+        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
+            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
+        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
+        return "";
+
+        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
+    }
+
+    private static string SetServerLimit(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        int most = Count(words, 1, "Require <maxconn>.");
+        servers.ForEach(server => server.Balancer.Bound(server, most));
+        return "";
+    }
+
+    private static string SetRouteLimit(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
+            : throw new FormatException("A frontend name is expected.");
+        int most = Count(words, 1, "Integer value expected.");
+        routes.ForEach(route => route.Bound(most));
+        return "";
+    }
+
+    private static string SetLimit(Proxy proxy, string[] words)
+    {
+        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
+        proxy.Routes.ForEach(route => route.Line.Serve());
+        return "";
+    }
+
+    private static string Reload(Proxy proxy, string[] words)
+    {
+        bool isDry = words is ["dry-run"];
+        return words.Length > 0 && !isDry ? throw new FormatException("'reload' and 'reload dry-run' are all there is.")
+            : proxy.Reload(out string outcome, isDry) ? outcome : throw new FormatException(outcome);
+    }
+
+    // ---- connections
+
+    private static List<Bridge> Sessions(string? id = null)
+    {
+        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
+        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
+        List<Bridge> sessions = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
+            {
+                sessions.Add(bridge);
+            }
+        }
+
+        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return sessions;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
+        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
+        foreach (Bridge bridge in sessions)
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            string route = Word(line.RouteStats.Title);
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
+                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
+            : throw new FormatException("Session pointer expected (use 'show sess')."));
+        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
+        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
+        return "";
+    }
+
+    // ---- to look at
+
+    private static string ShowInfo(Proxy proxy, string[] words)
+    {
+        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
+        long files = Descriptors.Limit;
+        (long connections, long bytes) = (0, 0);
+        new Totals(proxy).Routes.ForEach(route =>
+            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
+        return $"""
+            Name: tcpproxy
+            Version: {TcpProxy.Help.Version}
+            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
+            Nbproc: 1
+            Process_num: 1
+            Pid: {Environment.ProcessId}
+            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
+            Uptime_sec: {Seconds(proxy.StartedAt)}
+            Ulimit-n: {files}
+            Maxsock: {files}
+            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
+            Hard_maxconn: {files / 2}
+            CurrConns: {proxy.Limit.Count}
+            CumConns: {connections}
+            node: {Environment.MachineName}
+            Stopping: {(proxy.IsDraining ? 1 : 0)}
+            Listeners: {proxy.Listeners}
+            DroppedLogs: {proxy.Log.DroppedInAll}
+            TotalBytesOut: {bytes}
+            Start_time_sec: {((DateTimeOffset)proxy.StartedAt).ToUnixTimeSeconds()}
+
+            """;
+    }
+
+    private static string ShowRoutes(Proxy proxy, string[] words) =>
+        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
+
+    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
+    private static string ShowServers(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
+            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
+            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
+            + "srv_agent_port\n");
+        foreach (Route route in routes)
+        {
+            int id = 0;
+            foreach (Server server in ServersOf(route))
+            {
+                bool isUp = server.IsUp(Environment.TickCount64);
+                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
+                string check = !server.IsChecked ? "1 0 2 0" : isUp ? "6 3 4 6" : "8 2 0 6";
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
+                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
+                    .Append(isUp && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
+                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
+                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
+            }
+        }
+
+        return text.ToString();
+    }
+
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
+    /// is any.</summary>
+    private static string ShowStat(Proxy proxy, string[] words)
+    {
+        (int types, int only) = (-1, -1);
+        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
+        {
+            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
+        }
+
+        _ = new Totals(proxy); // which has all of them look
+        string[] columns = Columns.Split(',');
+        StringBuilder text = new($"# {Columns},\n");
+        List<Route> routes = proxy.Routes;
+        for (int i = 0; i < routes.Count; i++)
+        {
+            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
+            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
+            {
+                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
+                {
+                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
+                }
+            }
+        }
+
+        return text.ToString();
+    }
+
+    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
+    {
+        List<Dictionary<string, object>> rows = [];
+        RouteStats stats = route.Stats;
+        Add("FRONTEND", 0, 0, "OPEN", stats, new()
+        {
+            ["slim"] = Bound(route.Limit.Most),
+            ["stot"] = stats.Connections - stats.Refused,
+            ["conn_tot"] = stats.Connections,
+            ["dcon"] = stats.Refused,
+        });
+        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
+        foreach (ServerStats server in stats.Servers)
+        {
+            bool isUsable = server.State == "up";
+            int share = server.Weight * server.Percent / 100;
+            connections += server.Connections;
+            weight += isUsable ? share : 0;
+            active += isUsable && !server.IsBackup ? 1 : 0;
+            backup += isUsable && server.IsBackup ? 1 : 0;
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server, new()
+            {
+                ["slim"] = Bound(server.MaxConnections),
+                ["stot"] = server.Connections,
+                ["lbtot"] = server.Connections,
+                ["ctime"] = server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000,
+                ["weight"] = share,
+                ["uweight"] = server.Weight,
+                ["throttle"] = server.Percent < 100 ? server.Percent : "",
+                ["act"] = server.IsBackup ? 0 : 1,
+                ["bck"] = server.IsBackup ? 1 : 0,
+                ["chkdown"] = server.Downs,
+                ["lastchg"] = Seconds(server.Since),
+                ["last_chk"] = server.Check,
+                ["addr"] = server.Address,
+            });
+        }
+
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, new()
+        {
+            ["slim"] = Bound(route.Limit.Most),
+            ["qcur"] = stats.Queued,
+            ["qlimit"] = Bound(route.Settings.Pool.Queue),
+            ["stot"] = connections,
+            ["lbtot"] = connections,
+            ["weight"] = weight,
+            ["uweight"] = weight,
+            ["act"] = active,
+            ["bck"] = backup,
+            ["algo"] = Policies[(int)route.Settings.Pool.Policy],
+        });
+        return rows;
+
+        void Add(string name, int type, int sid, string status, Counters counters, Dictionary<string, object> row)
+        {
+            (row["pxname"], row["svname"], row["iid"], row["sid"], row["type"]) = (route.Title, name, id, sid, type);
+            (row["pid"], row["mode"], row["status"]) = (1, "tcp", status);
+            (row["scur"], row["smax"], row["bin"], row["bout"]) = (counters.Current, counters.Most, counters.BytesUp, counters.BytesDown);
+            if (type != 0)
+            {
+                (row["econ"], row["wredis"]) = (counters.ConnectFailures, counters.Retries);
+                (row["cli_abrt"], row["srv_abrt"]) = (counters.ClientResets, counters.ServerResets);
+            }
+
+            rows.Add(row);
+        }
+
+        static object Bound(int most) => most > 0 ? most : "";
+    }
+
+    private static string Cell(object? value)
+    {
+        string text = $"{value}";
+        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
+    }
+
+    /// <summary>A name between blanks.</summary>
+    private static string Word(string name) => name.Replace(' ', '_');
+
+    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
+
+    /// <summary>Its two largest units.</summary>
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
 }
 
 /// <summary>--explain: what would become of a client, and why.</summary>
@@ -1997,11 +2524,12 @@ internal sealed class Acceptor : IDisposable
     // ---- binding
 
     /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>, which hands over once it is started. One of
-    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it.</summary>
+    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it. The path
+    /// of a private one is its owner's.</summary>
     /// <exception cref="SocketException">an address cannot be bound</exception>
     /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
-    internal static void Bind(
-        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors, List<Acceptor>? old = null)
+    internal static void Bind(ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors,
+        List<Acceptor>? old = null, bool isPrivate = false)
     {
         switch (address.Kind)
         {
@@ -2049,13 +2577,17 @@ internal sealed class Acceptor : IDisposable
             }
 
             Socket[] sockets = bind();
+            string? path = address.Kind == AddressKind.Unix ? address.Host : null;
             foreach (Socket socket in sockets)
             {
-                acceptors.Add(new Acceptor(
-                    socket, key, address.Kind == AddressKind.Unix ? address.Host : null, socket != sockets[0], log, HandOver));
-                if (socket.AddressFamily != AddressFamily.Unix)
+                acceptors.Add(new Acceptor(socket, key, path, socket != sockets[0], log, HandOver));
+                if (path is null)
                 {
                     SocketOptions.Relay(socket);
+                }
+                else if (isPrivate && !OperatingSystem.IsWindows())
+                {
+                    File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite); // nobody can have connected yet
                 }
 
                 socket.Listen(Backlog);
@@ -2305,7 +2837,7 @@ internal sealed class AccessRules
     internal CloseReason? Refuse(EndPoint? client)
     {
         Verdict verdict = Judge(client, DateTime.UtcNow);
-        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true, kind: "access rule");
     }
 }
 
@@ -2590,17 +3122,17 @@ internal sealed class Schedule
 /// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
 /// turns.</summary>
 internal sealed class WindowedBridge(
-    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
-    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
+    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
 {
     private int _minute = DateTime.UtcNow.Minute;
 
     internal override bool Check(long now)
     {
         DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
         {
-            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end"));
         }
 
         _minute = utc.Minute;
@@ -2614,6 +3146,7 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
     private int _count;
 
     internal int Most { get; set; } = most;
+    internal int Count => Volatile.Read(ref _count);
 
     internal bool TryEnter()
     {
@@ -2851,6 +3384,8 @@ internal sealed class Refusals(string route, Log log) : Watched
 //     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
 //     up, down -- --check-fall failed checks (Checked) --> down until checks go well
 //     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
+//
+// What an administrator says of a server (--control) is no opinion: one that is out is not tried, whatever else there is.
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
@@ -2945,12 +3480,15 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
-    internal UpstreamSettings Upstream { get; set; } = upstream;
+    internal UpstreamSettings Upstream { get; private set; } = upstream;
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = ""; // for the log, and for Maglev
-    internal int Weight => Upstream.Weight;
-    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal ServerStats Stats { get; } = new(balancer.RouteStats);
+    internal string Title { get => Stats.Title; set => Stats.Title = value; } // for the log, and for Maglev
+    internal int Weight => OwnWeight ?? Upstream.Weight;
+    internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
+    internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal bool IsOut => Weight == 0 || Mode != ServerMode.Ready;
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
@@ -2960,6 +3498,18 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
     internal UpstreamPool? Checker { get; set; } // which has a loop for it
+    internal bool IsChecked => Checker is not null;
+    internal ServerMode Mode { get; set; } // an administrator's, as both below; null = as typed
+    internal int? OwnWeight { get; set; }
+    internal int? OwnMaxConnections { get; set; }
+
+    /// <summary>What an administrator said holds until the file says something else.</summary>
+    internal void Use(UpstreamSettings next)
+    {
+        OwnWeight = next.Weight == Upstream.Weight ? OwnWeight : null;
+        OwnMaxConnections = next.MaxConnections == Upstream.MaxConnections ? OwnMaxConnections : null;
+        Upstream = next;
+    }
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -2970,6 +3520,16 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
         double slow = Upstream.SlowStart.TotalMilliseconds;
         BackSince = now - BackSince >= slow ? 0 : BackSince;
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
+    }
+
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal ServerStats Look(long now)
+    {
+        Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
+        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
+        (Stats.Current, Stats.IsUp, Stats.Mode) = (Volatile.Read(ref Active), IsUp(now), Mode);
+        (Stats.IsChecked, Stats.Percent) = (IsChecked, Percent(now));
+        return Stats;
     }
 
     /// <summary>A connection has ended; whoever waits in line has the place.</summary>
@@ -2989,15 +3549,16 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
+    internal Server? Place { get; } = server; // that has one for it
 
-    internal void Release() => server?.Leave();
+    internal void Release() => Place?.Leave();
 }
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
 internal sealed class Balancer(
-    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
-    Log log)
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source,
+    RouteStats route, Log log)
 {
     private readonly Lock _gate = new();
     private readonly List<Server> _candidates = []; // of the choice that is being made
@@ -3010,6 +3571,30 @@ internal sealed class Balancer(
     internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
+    internal RouteStats RouteStats { get; } = route;
+
+    /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        long now = Environment.TickCount64;
+        servers.AddRange(Array.ConvertAll(Servers, server => server.Look(now)));
+        for (int i = 0; i < upstreams.Length; i++)
+        {
+            if (resolvers[i] is { Addresses.Length: 0 } resolver)
+            {
+                servers.Add(new ServerStats(RouteStats)
+                {
+                    Title = $"{upstreams[i].Address.Host}:{Text.Of(upstreams[i].Address.PortAt(portIndex))}",
+                    Weight = upstreams[i].Weight,
+                    IsBackup = upstreams[i].IsBackup,
+                    IsUp = !resolver.HasFailed,
+                    LastFailure = resolver.HasFailed ? "name not resolved" : "",
+                });
+            }
+        }
+
+        return Line.Count;
+    }
 
     private long FailTimeout => (long)settings.FailTimeout.TotalMilliseconds;
 
@@ -3017,7 +3602,7 @@ internal sealed class Balancer(
 
     /// <summary>A reload. A server whose address and name stay keeps its state.</summary>
     internal void Use(
-        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource, string title)
+        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource)
     {
         lock (_gate)
         {
@@ -3028,10 +3613,10 @@ internal sealed class Balancer(
                 UpstreamSettings? same = left.Find(
                     one => one.Address.Text == upstream.Address.Text && one.Title == upstream.Title);
                 left.Remove(same!);
-                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Upstream = upstream);
+                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Use(upstream));
             }
 
-            (upstreams, resolvers, settings, source, route) = (newUpstreams, newResolvers, newSettings, newSource, title);
+            (upstreams, resolvers, settings, source) = (newUpstreams, newResolvers, newSettings, newSource);
             (Line.Most, Line.Patience) = (settings.Queue, settings.QueueTimeout);
             if (settings.Check == TimeSpan.Zero)
             {
@@ -3091,7 +3676,12 @@ internal sealed class Balancer(
             Server? server = _known.Find(server => server.Upstream == upstream && server.Targets.AsSpan().SequenceEqual(targets));
             if (server is null)
             {
+                List<Server> others = _known.FindAll(other => other.Upstream == upstream);
                 _known.Add(server = new Server(this, upstream, resolver, targets));
+                if (others.Count > 0 && others.TrueForAll(other => other.Mode == others[0].Mode))
+                {
+                    server.Mode = others[0].Mode; // a new address of a name that is out
+                }
             }
 
             server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
@@ -3108,7 +3698,7 @@ internal sealed class Balancer(
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ IsOut: false, MaxConnections: 0 } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -3143,7 +3733,7 @@ internal sealed class Balancer(
         {
             int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
                 : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
-            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
+            if (rank > best || server.IsOut || tried?.Contains(server) == true)
             {
                 continue;
             }
@@ -3237,7 +3827,7 @@ internal sealed class Balancer(
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.MaxConnections > 0)
         {
             return null;
         }
@@ -3246,7 +3836,7 @@ internal sealed class Balancer(
         lock (_gate)
         {
             racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
-                && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
+                && !other.IsOut && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
         return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
@@ -3254,7 +3844,7 @@ internal sealed class Balancer(
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
     internal bool HasOther(Server server, List<Server> tried) =>
-        Array.Exists(Servers, other => other.Upstream == server.Upstream && !tried.Contains(other));
+        Array.Exists(Servers, other => other.Upstream == server.Upstream && !other.IsOut && !tried.Contains(other));
 
     // ---- up and down
 
@@ -3262,6 +3852,11 @@ internal sealed class Balancer(
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
         bool isTelling = IsTelling(server, failure);
+        if (failure is not null && isTelling)
+        {
+            server.Stats.Failed(failure);
+        }
+
         if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
@@ -3301,8 +3896,14 @@ internal sealed class Balancer(
             return;
         }
 
+        server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
+            if (server.Mode == ServerMode.Maintenance)
+            {
+                return; // it was on its way
+            }
+
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
             if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
@@ -3330,8 +3931,52 @@ internal sealed class Balancer(
         {
             (server.IsDown, server.Fails) = (isDown, 0);
             server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
-            log.ServerState(route, server.Title, !isDown, reason);
+            server.Stats.Turned(isDown);
+            log.ServerState(RouteStats.Title, server.Title, !isDown, reason);
         }
+    }
+
+    // ---- an administrator's words
+
+    /// <summary>Back from maintenance, in which nobody has looked at it, a server is up; the first check that fails says
+    /// otherwise.</summary>
+    internal void Put(Server server, ServerMode mode)
+    {
+        lock (_gate)
+        {
+            if (server.Mode == ServerMode.Maintenance && mode != ServerMode.Maintenance)
+            {
+                (server.IsDown, server.Until, server.Fails) = (false, 0, 0);
+                server.Contrary = server.IsChecked ? settings.CheckFall - 1 : 0;
+            }
+
+            if (server.Mode != mode)
+            {
+                log.ServerState(RouteStats.Title, server.Title, mode);
+                server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
+                server.Mode = mode;
+                server.Stats.Turned(isDown: false);
+            }
+        }
+
+        Line.Serve();
+    }
+
+    internal void Weigh(Server server, int weight)
+    {
+        lock (_gate)
+        {
+            server.OwnWeight = weight;
+            _table = [];
+        }
+
+        Line.Serve();
+    }
+
+    internal void Bound(Server server, int most)
+    {
+        server.OwnMaxConnections = most;
+        Line.Serve();
     }
 }
 
@@ -3525,12 +4170,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log, UpstreamPool? old = null)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log, UpstreamPool? old = null)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route, log));
+        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route.Title, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private UpstreamPool? _old = old; // until it is in force
@@ -3539,11 +4184,11 @@ internal sealed class UpstreamPool(
     /// <summary>From now on servers that the old one had as well go by its settings; checks begin.</summary>
     internal void PutInForce()
     {
-        Array.ForEach(_resolvers, resolver => resolver?.Use(connect, route));
+        Array.ForEach(_resolvers, resolver => resolver?.Use(connect, route.Title));
         for (int i = 0; i < _balancers.Length && _old?._balancers.Length == _balancers.Length; i++)
         {
             _balancers[i] = _old._balancers[i];
-            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source, route);
+            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source);
         }
 
         _old = null;
@@ -3596,6 +4241,8 @@ internal sealed class UpstreamPool(
             {
                 return last;
             }
+
+            server.Stats.Retried();
         }
     }
 
@@ -3605,7 +4252,7 @@ internal sealed class UpstreamPool(
         long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, new RouteStats(""), silent);
         Sweep.Start([connect.Timeout]);
         while (true)
         {
@@ -3637,6 +4284,30 @@ internal sealed class UpstreamPool(
     private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
         && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
 
+    /// <summary>Those there are now, of every port.</summary>
+    internal List<Server> Servers()
+    {
+        List<Server> servers = [];
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            servers.AddRange(BalancerOf(i).Servers);
+        }
+
+        return servers;
+    }
+
+    /// <summary>Adds its servers; returns how many clients wait for one.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        int waiting = 0;
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            waiting += BalancerOf(i).Look(servers);
+        }
+
+        return waiting;
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3665,6 +4336,7 @@ internal sealed class UpstreamPool(
     private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
         Server? winner = null;
+        long began = Stopwatch.GetTimestamp();
         try
         {
             if (first.Targets.Length == 0)
@@ -3698,6 +4370,7 @@ internal sealed class UpstreamPool(
         }
         finally
         {
+            winner?.Stats.Connected(Stopwatch.GetElapsedTime(began), Volatile.Read(ref winner.Active));
             if (winner != first)
             {
                 first.Leave();
@@ -3737,8 +4410,9 @@ internal sealed class UpstreamPool(
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && server.Checker == this && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
-            CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking)
+            bool isLookedAt = server.Mode != ServerMode.Maintenance;
+            CloseReason? failure = isLookedAt ? await ProbeAsync(server) : null;
+            if (_isChecking && isLookedAt)
             {
                 server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
@@ -3834,6 +4508,9 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
+
+    /// <summary>The last look-up did, and there are no addresses from before.</summary>
+    internal bool HasFailed => _addresses.Length == 0 && Volatile.Read(ref _answeredAt) > 0;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
 
@@ -4147,7 +4824,7 @@ internal sealed class Rates(BridgeSettings settings, Rates? old = null)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal class Bridge : PumpOwner
+internal class Bridge : PumpOwner, ISession
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -4169,15 +4846,15 @@ internal class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
-        Conversation? taps = null)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
+        Conversation? taps)
     {
-        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
@@ -4194,8 +4871,9 @@ internal class Bridge : PumpOwner
         }
     }
 
-    internal long BytesUp => _up.Bytes;
-    internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
+    public ConnectionLine Line { get; }
+    public long BytesUp => _up.Bytes;
+    public long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
     /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
     internal Task Up { get; private set; } = Task.CompletedTask;
@@ -4239,7 +4917,7 @@ internal class Bridge : PumpOwner
         if (error is TapException { IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
-            Interlocked.CompareExchange(ref _reason, new CloseReason(end.Code, end.Message, isOrderly: true), null);
+            Interlocked.CompareExchange(ref _reason, OfTap(end), null);
             SocketOptions.ShutDown(_client, SocketShutdown.Both);
             SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
             Cancel();
@@ -4248,8 +4926,7 @@ internal class Bridge : PumpOwner
 
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message)
-                : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? OfTap(tap) : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -4265,6 +4942,9 @@ internal class Bridge : PumpOwner
             Abort(reason);
         }
     }
+
+    private static CloseReason OfTap(TapException end) =>
+        new(end.Code, end.Message, end.IsOrderly, kind: end.Message.Split(' ')[0]);
 
     internal override void Release()
     {
@@ -4305,6 +4985,12 @@ internal class Bridge : PumpOwner
     // ---- timeouts: called by the sweep, one to forty times a second
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
+
+    /// <summary>An administrator ends it.</summary>
+    internal void ShutDown() => Abort(CloseReason.ShutDown);
+
+    /// <summary>For how long the sweep has seen nothing move.</summary>
+    internal TimeSpan Quiet => TimeSpan.FromMilliseconds(Math.Max(0, Environment.TickCount64 - _quietSince));
 
     internal override bool Check(long now)
     {
@@ -7151,7 +7837,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new CloseReason("PR", wrong);
+                return new CloseReason("PR", wrong, kind: "wrong PROXY header");
             }
 
             (Source, Destination) = (source, destination);
@@ -7215,7 +7901,7 @@ internal sealed class FirstBytes : IDisposable
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
 internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null, string? kind = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -7227,6 +7913,7 @@ internal sealed class CloseReason(
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason ShutDown = new("KD", "shut down by control");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
     internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
@@ -7247,6 +7934,9 @@ internal sealed class CloseReason(
 
     internal string Code { get; } = code;
     internal string Words { get; } = words;
+
+    /// <summary>The words that it is counted under: without what clients or rules put into them.</summary>
+    internal string Kind { get; } = kind ?? words;
     internal bool IsOrderly { get; } = isOrderly;
 
     /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
@@ -7345,6 +8035,14 @@ internal sealed class CountLine(LogLevel level, string name, string key, long co
     protected override void AddKeys(LogText text) => text.Add(key, count);
 }
 
+/// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
+internal enum ServerMode
+{
+    Ready,
+    Drain, // no new connections
+    Maintenance, // and no checks
+}
+
 /// <summary>A server goes down or comes up.</summary>
 internal sealed class ServerLine(LogLevel level, string route, string server, string state, string reason)
     : LogLine(level, "server")
@@ -7369,45 +8067,50 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
+internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
+    private static int _lastId;
+
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms, as below; -1 = never connected
-    private long _duration;
-    private string _end = "";
-    private string _reason = "";
+    private long _connectTime = -1; // ms; -1 = never connected
+    private TimeSpan _duration;
+    private CloseReason? _reason;
 
+    internal RouteStats RouteStats { get; } = route;
+    internal ServerStats? ServerStats { get; private set; } // null until connected
+
+    internal uint Id { get; } = (uint)Interlocked.Increment(ref _lastId); // as control calls it
     internal EndPoint? Client { get; set; }
     internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal void Connected(EndPoint? server)
+    internal EndPoint? Address => _server;
+    internal TimeSpan Duration => _duration;
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+
+    internal void Connected(EndPoint? address, ServerStats? server)
     {
-        _server = server;
+        (_server, ServerStats) = (address, server);
         _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
     }
 
-    internal void Ended(string end, string reason)
-    {
-        (_end, _reason) = (end, reason);
-        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
-    }
+    internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
 
     protected override void AddKeys(LogText text)
     {
-        text.Add("route", route);
+        text.Add("route", RouteStats.Title);
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
         text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", _duration);
+        text.Add("duration_ms", (long)_duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _end);
-        text.Add("reason", _reason);
+        text.Add("end", _reason!.Code);
+        text.Add("reason", _reason.Words);
     }
 }
 
@@ -7487,6 +8190,8 @@ internal sealed class Log : IDisposable
 
     internal Log(LogSettings settings) => _settings = settings;
 
+    internal long DroppedInAll { get; private set; } // lines
+
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
@@ -7530,6 +8235,9 @@ internal sealed class Log : IDisposable
     internal void ServerState(string route, string server, bool isUp, string reason) =>
         Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
 
+    internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
+        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
+
     internal void Ended(ConnectionLine line) => Write(line);
 
     internal bool Has(LogLevel level) =>
@@ -7549,6 +8257,7 @@ internal sealed class Log : IDisposable
             if (_queue.Count == QueueLength || _shown + line.Shown > ShownLength)
             {
                 _dropped += line.Shown > 0 ? 0 : 1;
+                DroppedInAll += line.Shown > 0 ? 0 : 1;
                 _missed += line.Shown;
                 return false;
             }
@@ -7651,6 +8360,452 @@ internal sealed class Log : IDisposable
     }
 }
 
+// ---- counters
+
+/// <summary>The proxy, to those who look at it from outside.</summary>
+internal interface IObserved
+{
+    public bool IsDraining { get; }
+
+    /// <summary>The counters of all routes, in their order, with what is so at the moment.</summary>
+    public List<RouteStats> Look();
+}
+
+/// <summary>A connection that is being relayed, to the same.</summary>
+internal interface ISession
+{
+    public ConnectionLine Line { get; }
+    public long BytesUp { get; }
+    public long BytesDown { get; }
+}
+
+/// <summary>What is counted of a route, or of a server. Interlocked writes it when a connection comes, is connected and ends,
+/// never for a message: how much those that run have moved, they are asked (<see cref="Totals"/>).</summary>
+internal abstract class Counters
+{
+    internal long Connections;
+    internal int Current;
+    internal int Most; // at once, ever
+    internal long ConnectFailures;
+    internal long Retries;
+    internal long ClientResets;
+    internal long ServerResets;
+    private long _endedUp; // bytes of connections that have ended, as below
+    private long _endedDown;
+    private long _up; // the same and those that run, while they are summed, as below
+    private long _down;
+
+    /// <summary>As of the last <see cref="Totals"/>. It never falls, though who ends is for a moment in neither sum.</summary>
+    internal long BytesUp { get; private set; }
+    internal long BytesDown { get; private set; }
+
+    internal void Begin() => (_up, _down) = (Volatile.Read(ref _endedUp), Volatile.Read(ref _endedDown));
+
+    internal void Add(long up, long down) => (_up, _down) = (_up + up, _down + down);
+
+    internal void Finish() => (BytesUp, BytesDown) = (Math.Max(BytesUp, _up), Math.Max(BytesDown, _down));
+
+    /// <summary>So many at once.</summary>
+    protected void Peak(int current)
+    {
+        for (int most = Volatile.Read(ref Most); current > most;)
+        {
+            most = Interlocked.CompareExchange(ref Most, current, most);
+        }
+    }
+
+    protected void Count(ConnectionLine line, CloseReason reason)
+    {
+        Interlocked.Add(ref _endedUp, line.BytesUp);
+        Interlocked.Add(ref _endedDown, line.BytesDown);
+        if (reason.Code is "CD" or "SD")
+        {
+            Interlocked.Increment(ref reason.Code == "CD" ? ref ClientResets : ref ServerResets);
+        }
+    }
+}
+
+internal sealed class RouteStats(string title) : Counters
+{
+    private const int MostEnds = 64; // the words of the operating system are not ours to number
+
+    private readonly Lock _gate = new();
+    private EndCount[] _ends = [new("--", "other")]; // the first for those beyond; replaced as a whole, under the gate
+
+    internal long Refused;
+
+    internal string Title { get; set; } = title;
+    internal Histogram ConnectTime { get; } = new(Histogram.Connects);
+    internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
+    internal EndCount[] Ends => Volatile.Read(ref _ends);
+
+    // as of the last look
+    internal List<ServerStats> Servers { get; set; } = [];
+    internal int Queued { get; set; }
+
+    internal void Accepted() => Interlocked.Increment(ref Connections);
+
+    /// <summary>It has its place among the connections.</summary>
+    internal void Entered() => Peak(Interlocked.Increment(ref Current));
+
+    internal void Ended(ConnectionLine line, CloseReason reason, bool hasEntered)
+    {
+        Count(line, reason);
+        Interlocked.Increment(ref (Find(reason) ?? Add(reason)).Count);
+        Interlocked.Add(ref Current, hasEntered ? -1 : 0);
+        Interlocked.Add(ref Refused, reason.IsRefusal ? 1 : 0);
+        if (line.ServerStats is { } server)
+        {
+            server.Ended(line, reason);
+            Duration.Add(line.Duration);
+        }
+    }
+
+    private EndCount? Find(CloseReason reason)
+    {
+        foreach (EndCount end in Ends)
+        {
+            if (end.Code == reason.Code && end.Words == reason.Kind)
+            {
+                return end;
+            }
+        }
+
+        return null;
+    }
+
+    private EndCount Add(CloseReason reason)
+    {
+        lock (_gate)
+        {
+            EndCount end = Find(reason) ?? (_ends.Length == MostEnds ? _ends[0] : new EndCount(reason.Code, reason.Kind));
+            Volatile.Write(ref _ends, Array.IndexOf(_ends, end) >= 0 ? _ends : [.. _ends, end]);
+            return end;
+        }
+    }
+}
+
+/// <summary>How many connections have ended so: <see cref="CloseReason.Code"/> and <see cref="CloseReason.Kind"/>.</summary>
+internal sealed class EndCount(string code, string words)
+{
+    internal long Count;
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+}
+
+internal sealed class ServerStats(RouteStats route) : Counters
+{
+    internal int Downs; // how often it went down
+    internal long ConnectMicroseconds; // of all Connections together
+
+    internal RouteStats RouteStats { get; } = route;
+    internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
+    internal string Check { get; set; } = ""; // what the last one found; "" = none yet
+    internal string LastFailure { get; set; } = ""; // of a connect
+    internal DateTime LastFailedAt { get; private set; }
+
+    internal string Title { get; set; } = "";
+
+    // as of the last look
+    internal string Address { get; set; } = "";
+    internal int Weight { get; set; }
+    internal bool IsBackup { get; set; }
+    internal int MaxConnections { get; set; } // 0 = off
+    internal bool IsUp { get; set; }
+    internal ServerMode Mode { get; set; } // which wins over the state
+    internal bool IsChecked { get; set; }
+    internal int Percent { get; set; } = 100; // of its share, in a slow start
+
+    internal string State => Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
+        : !IsUp ? "down" : Weight == 0 ? "drain" : "up";
+
+    internal void Connected(TimeSpan time, int current)
+    {
+        Interlocked.Increment(ref Connections);
+        Interlocked.Add(ref ConnectMicroseconds, (long)time.TotalMicroseconds);
+        Peak(current);
+        RouteStats.ConnectTime.Add(time);
+    }
+
+    internal void Failed(CloseReason reason)
+    {
+        Interlocked.Increment(ref ConnectFailures);
+        Interlocked.Increment(ref RouteStats.ConnectFailures);
+        (LastFailure, LastFailedAt) = (reason.Words, DateTime.UtcNow);
+    }
+
+    /// <summary>Another is tried instead.</summary>
+    internal void Retried()
+    {
+        Interlocked.Increment(ref Retries);
+        Interlocked.Increment(ref RouteStats.Retries);
+    }
+
+    internal void Turned(bool isDown)
+    {
+        Since = DateTime.UtcNow;
+        Interlocked.Add(ref Downs, isDown ? 1 : 0);
+    }
+
+    internal void Ended(ConnectionLine line, CloseReason reason) => Count(line, reason);
+}
+
+/// <summary>Times in buckets, as Prometheus has them.</summary>
+internal sealed class Histogram(long[] bounds)
+{
+    internal static readonly long[] Connects = // microseconds, as below
+        [500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000];
+    internal static readonly long[] Lives = [10_000, 100_000, 500_000, 1_000_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
+        300_000_000, 900_000_000, 3_600_000_000, 14_400_000_000, 86_400_000_000];
+
+    private readonly long[] _counts = new long[bounds.Length + 1]; // the last for what is longer than all
+    private long _sum;
+
+    internal long[] Bounds { get; } = bounds;
+    internal long Sum => Volatile.Read(ref _sum);
+
+    internal long CountAt(int bucket) => Volatile.Read(ref _counts[bucket]);
+
+    internal void Add(TimeSpan time)
+    {
+        long microseconds = (long)time.TotalMicroseconds;
+        int bucket = 0;
+        while (bucket < Bounds.Length && microseconds > Bounds[bucket])
+        {
+            bucket++;
+        }
+
+        Interlocked.Increment(ref _counts[bucket]);
+        Interlocked.Add(ref _sum, microseconds);
+    }
+}
+
+/// <summary>All counters at one moment, with what the running connections have moved, and these. It takes about a millisecond
+/// for 10,000 of them, so it is not for the threads of the event loop.</summary>
+internal sealed class Totals
+{
+    private static readonly Lock Gate = new();
+
+    internal Totals(IObserved proxy)
+    {
+        lock (Gate)
+        {
+            Routes = proxy.Look();
+            ForEach(counters => counters.Begin());
+            foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
+            {
+                if (watched is ISession session)
+                {
+                    Sessions.Add(session);
+                    (long up, long down) = (session.BytesUp, session.BytesDown);
+                    session.Line.RouteStats.Add(up, down);
+                    session.Line.ServerStats?.Add(up, down);
+                }
+            }
+
+            ForEach(counters => counters.Finish());
+        }
+    }
+
+    internal List<RouteStats> Routes { get; }
+    internal List<ISession> Sessions { get; } = []; // in no order
+
+    private void ForEach(Action<Counters> action) => Routes.ForEach(route =>
+    {
+        action(route);
+        route.Servers.ForEach(action);
+    });
+}
+
+// ---- control
+
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
+/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+internal sealed class ControlServer(Func<string[], string> answer, Log log)
+{
+    private const int MostClients = 16;
+    private const int LongestLine = 16 << 10; // bytes
+    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
+    private const int Slowest = 10_000; // ms
+    private const int Idle = 60_000; // ms
+
+    private int _clients;
+
+    /// <summary>The socket is ours from here on.</summary>
+    internal void Accepted(Socket client)
+    {
+        if (Interlocked.Increment(ref _clients) <= MostClients)
+        {
+            _ = Task.Run(() => ServeAsync(client));
+            return;
+        }
+
+        Interlocked.Decrement(ref _clients);
+        client.Dispose();
+    }
+
+    private async Task ServeAsync(Socket client)
+    {
+        try
+        {
+            using CancellationTokenSource time = new();
+            byte[] bytes = new byte[LongestLine];
+            Conduct conduct = new();
+            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            {
+                time.CancelAfter(Idle);
+                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
+                length += received;
+                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+                if (end == 0 && length == LongestLine)
+                {
+                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                    return;
+                }
+
+                if (end > 0)
+                {
+                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+                }
+
+                bytes.AsSpan(end, length - end).CopyTo(bytes);
+                length -= end;
+            }
+        }
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
+        {
+            // it has left, or is too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
+        }
+    }
+
+    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
+    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
+    {
+        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
+        {
+            if (!conduct.HasQuit)
+            {
+                await SendAsync(client, Answer(command, conduct), time);
+            }
+        }
+
+        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
+    }
+
+    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
+    {
+        byte[] bytes = Encoding.UTF8.GetBytes(text);
+        for (int start = 0; start < bytes.Length; start += Chunk)
+        {
+            time.CancelAfter(Slowest);
+            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
+        }
+    }
+
+    private string Answer(string command, Conduct conduct)
+    {
+        string text;
+        try
+        {
+            string[] words = Text.Words(command);
+            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
+            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
+            {
+                return "";
+            }
+        }
+        catch (FormatException e)
+        {
+            text = conduct.Mark + e.Message;
+        }
+
+        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
+    }
+
+    /// <summary>What a client has said about its connection.</summary>
+    private sealed class Conduct
+    {
+        internal bool HasQuit { get; private set; }
+        internal bool IsOver { get; set; }
+        internal bool IsPrompting { get; private set; }
+        internal string Mark { get; private set; } = ""; // in front of an error, for programs
+
+        /// <summary>The answer; null to any other command.</summary>
+        internal string? Take(string[] words)
+        {
+            bool isSeverity = words is ["set", "severity-output", ..];
+            HasQuit = words[0] == "quit";
+            IsPrompting ^= words[0] == "prompt";
+            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
+                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
+                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
+            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
+        }
+    }
+}
+
+/// <summary>--ctl</summary>
+internal static class ControlClient
+{
+    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
+    /// <exception cref="IOException">there is none</exception>
+    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
+    {
+        try
+        {
+            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
+            using MemoryStream answer = new();
+            byte[] bytes = new byte[64 << 10];
+            for (int received; (received = socket.Receive(bytes)) > 0;)
+            {
+                answer.Write(bytes, 0, received);
+            }
+
+            return Read(Encoding.UTF8.GetString(answer.ToArray()));
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
+                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
+        }
+    }
+
+    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
+    private static (string Text, bool IsError) Read(string answer)
+    {
+        StringBuilder text = new();
+        bool isError = false;
+        bool isFirst = true; // of an answer
+        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
+        {
+            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
+            string words = isMarked ? line[5..] : line;
+            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
+                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
+            text.Append(words).Append('\n');
+            isFirst = line.Length == 0;
+        }
+
+        return (text.Length > 1 ? text.ToString() : "", isError);
+    }
+}
+
 // == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
@@ -7741,6 +8896,15 @@ internal static class Sweep
     {
         Volatile.Write(ref _stopAllAt, time);
         Bell.Set();
+    }
+
+    /// <summary>What is watched now.</summary>
+    internal static Watched[] Snapshot()
+    {
+        lock (Gate)
+        {
+            return _watched.AsSpan(0, _count).ToArray();
+        }
     }
 
     private static void Run()
@@ -8716,6 +9880,9 @@ internal sealed class ListenAddress : Address
         : base(text, kind, host, port, lastPort)
     {
     }
+
+    /// <summary>PATH or unix:PATH</summary>
+    internal static string ParsePath(string text) => CheckPath(After("unix:", text, "path") ?? text);
 
     /// <exception cref="FormatException">it is no listen address</exception>
     internal static ListenAddress Parse(string text)
