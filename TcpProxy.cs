@@ -2227,7 +2227,7 @@ internal sealed class ControlCommand(string words, string arguments, string help
             Listeners: {proxy.Listeners}
             DroppedLogs: {proxy.Log.DroppedInAll}
             TotalBytesOut: {bytes}
-            Start_time_sec: {((DateTimeOffset)proxy.StartedAt).ToUnixTimeSeconds()}
+            Start_time_sec: {(long)(proxy.StartedAt - DateTime.UnixEpoch).TotalSeconds}
 
             """;
     }
@@ -2296,13 +2296,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
     {
         List<Dictionary<string, object>> rows = [];
         RouteStats stats = route.Stats;
-        Add("FRONTEND", 0, 0, "OPEN", stats, new()
-        {
-            ["slim"] = Bound(route.Limit.Most),
-            ["stot"] = stats.Connections - stats.Refused,
-            ["conn_tot"] = stats.Connections,
-            ["dcon"] = stats.Refused,
-        });
+        Add("FRONTEND", 0, 0, "OPEN", stats, ("slim", Bound(route.Limit.Most)), ("stot", stats.Connections - stats.Refused),
+            ("conn_tot", stats.Connections), ("dcon", stats.Refused));
         (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
         foreach (ServerStats server in stats.Servers)
         {
@@ -2312,50 +2307,43 @@ internal sealed class ControlCommand(string words, string arguments, string help
             weight += isUsable ? share : 0;
             active += isUsable && !server.IsBackup ? 1 : 0;
             backup += isUsable && server.IsBackup ? 1 : 0;
-            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server, new()
-            {
-                ["slim"] = Bound(server.MaxConnections),
-                ["stot"] = server.Connections,
-                ["lbtot"] = server.Connections,
-                ["ctime"] = server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000,
-                ["weight"] = share,
-                ["uweight"] = server.Weight,
-                ["throttle"] = server.Percent < 100 ? server.Percent : "",
-                ["act"] = server.IsBackup ? 0 : 1,
-                ["bck"] = server.IsBackup ? 1 : 0,
-                ["chkdown"] = server.Downs,
-                ["lastchg"] = Seconds(server.Since),
-                ["last_chk"] = server.Check,
-                ["addr"] = server.Address,
-            });
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
+                ("slim", Bound(server.MaxConnections)), ("stot", server.Connections), ("lbtot", server.Connections),
+                ("ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000), ("weight", share),
+                ("uweight", server.Weight), ("throttle", server.Percent < 100 ? server.Percent : ""),
+                ("act", server.IsBackup ? 0 : 1), ("bck", server.IsBackup ? 1 : 0), ("chkdown", server.Downs),
+                ("lastchg", Seconds(server.Since)), ("last_chk", server.Check), ("addr", server.Address));
         }
 
-        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, new()
-        {
-            ["slim"] = Bound(route.Limit.Most),
-            ["qcur"] = stats.Queued,
-            ["qlimit"] = Bound(route.Settings.Pool.Queue),
-            ["stot"] = connections,
-            ["lbtot"] = connections,
-            ["weight"] = weight,
-            ["uweight"] = weight,
-            ["act"] = active,
-            ["bck"] = backup,
-            ["algo"] = Policies[(int)route.Settings.Pool.Policy],
-        });
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, ("slim", Bound(route.Limit.Most)), ("qcur", stats.Queued),
+            ("qlimit", Bound(route.Settings.Pool.Queue)), ("stot", connections), ("lbtot", connections), ("weight", weight),
+            ("uweight", weight), ("act", active), ("bck", backup), ("algo", Policies[(int)route.Settings.Pool.Policy]));
         return rows;
 
-        void Add(string name, int type, int sid, string status, Counters counters, Dictionary<string, object> row)
+        void Add(string name, int type, int sid, string status, Counters counters, params (string Column, object Value)[] own)
         {
-            (row["pxname"], row["svname"], row["iid"], row["sid"], row["type"]) = (route.Title, name, id, sid, type);
-            (row["pid"], row["mode"], row["status"]) = (1, "tcp", status);
-            (row["scur"], row["smax"], row["bin"], row["bout"]) = (counters.Current, counters.Most, counters.BytesUp, counters.BytesDown);
+            Dictionary<string, object> row = new()
+            {
+                ["pxname"] = route.Title,
+                ["svname"] = name,
+                ["iid"] = id,
+                ["sid"] = sid,
+                ["type"] = type,
+                ["pid"] = 1,
+                ["mode"] = "tcp",
+                ["status"] = status,
+                ["scur"] = counters.Current,
+                ["smax"] = counters.Most,
+                ["bin"] = counters.BytesUp,
+                ["bout"] = counters.BytesDown,
+            };
             if (type != 0)
             {
                 (row["econ"], row["wredis"]) = (counters.ConnectFailures, counters.Retries);
                 (row["cli_abrt"], row["srv_abrt"]) = (counters.ClientResets, counters.ServerResets);
             }
 
+            Array.ForEach(own, cell => row[cell.Column] = cell.Value);
             rows.Add(row);
         }
 
@@ -8656,7 +8644,6 @@ internal sealed class ControlServer(Func<string[], string> answer, Log log)
             {
                 time.CancelAfter(Idle);
                 received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
-                await Task.Yield(); // no event loop waits for an answer (rule 6)
                 length += received;
                 int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
                 if (end == 0 && length == LongestLine)
@@ -8698,6 +8685,7 @@ internal sealed class ControlServer(Func<string[], string> answer, Log log)
         {
             if (!conduct.HasQuit)
             {
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
                 await SendAsync(client, Answer(command, conduct), time);
             }
         }
