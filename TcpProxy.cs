@@ -1366,8 +1366,9 @@ internal sealed class Proxy : IObserved
         {
             lock (_changing)
             {
-                BindOwn();
+                StatsServer? stats = BindOwn();
                 PutInForce(_settings);
+                stats?.Start();
                 _own.ForEach(acceptor => acceptor.Start());
             }
 
@@ -1568,21 +1569,22 @@ internal sealed class Proxy : IObserved
         }
     }
 
-    private void BindOwn()
+    private StatsServer? BindOwn()
     {
-        if (_settings.Stats is { } stats)
+        StatsServer? stats = null;
+        if (_settings.Stats is { } address)
         {
-            StatsServer server = new(this, _log);
-            BindOwn("--stats", stats, server.Accepted, isPrivate: false);
-            server.Start();
+            stats = new StatsServer(this, _log);
+            BindOwn("--stats", address, stats.Accepted, isPrivate: false);
             _log.Event(LogLevel.Info, "stats", _own[0].Address);
         }
 
-        if (_settings.Control is { } control)
+        if (_settings.Control is { } path)
         {
-            ControlServer server = new(words => ControlCommand.Answer(this, words), _log);
-            BindOwn("--control", control, server.Accepted, isPrivate: true);
+            BindOwn("--control", path, new ControlServer(words => ControlCommand.Answer(this, words), _log).Accepted, isPrivate: true);
         }
+
+        return stats;
     }
 
     private void BindOwn(string option, ListenAddress address, Action<Socket> accepted, bool isPrivate)
