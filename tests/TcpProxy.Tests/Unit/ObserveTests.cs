@@ -59,14 +59,14 @@ public sealed class ObserveTests
 
     private static ConnectionLine Line()
     {
-        ConnectionLine line = new("my route")
+        ConnectionLine line = new(new RouteStats("my route"))
         {
             Client = new IPEndPoint(IPAddress.Parse("::ffff:127.0.0.1"), 80),
             Target = "db:1",
             BytesUp = 12,
             BytesDown = 34,
         };
-        line.Ended("SC", "he said \"x\u001b[1m\"");
+        line.Ended(new CloseReason("SC", "he said \"x\u001b[1m\""));
         line.Stamp();
         return line;
     }
