@@ -2167,8 +2167,7 @@ internal sealed class ControlCommand(string words, string arguments, string help
     {
         List<Server> servers = ServersOf(proxy, words);
         bool isPercent = At(words, index).EndsWith('%');
-        words[Math.Min(index, words.Length - 1)] = At(words, index).TrimEnd('%');
-        int number = Count(words, index, "Require <weight> or <weight%>.");
+        int number = Count(Array.ConvertAll(words, word => word.TrimEnd('%')), index, "Require <weight> or <weight%>.");
         servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
             : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
         servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
@@ -2356,8 +2355,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
     {
         List<Dictionary<string, object>> rows = [];
         RouteStats stats = route.Stats;
-        Add("FRONTEND", 0, 0, "OPEN", stats, ("slim", Bound(route.Limit.Most)), ("stot", stats.Connections - stats.Refused),
-            ("conn_tot", stats.Connections), ("dcon", stats.Refused));
+        Add("FRONTEND", 0, 0, "OPEN", stats, "slim", Bound(route.Limit.Most), "stot", stats.Connections - stats.Refused,
+            "conn_tot", stats.Connections, "dcon", stats.Refused);
         (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
         foreach (ServerStats server in stats.Servers)
         {
@@ -2368,42 +2367,30 @@ internal sealed class ControlCommand(string words, string arguments, string help
             active += isUsable && !server.IsBackup ? 1 : 0;
             backup += isUsable && server.IsBackup ? 1 : 0;
             Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
-                ("slim", Bound(server.MaxConnections)), ("stot", server.Connections), ("lbtot", server.Connections),
-                ("ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000), ("weight", share),
-                ("uweight", server.Weight), ("throttle", server.Percent < 100 ? server.Percent : ""),
-                ("act", server.IsBackup ? 0 : 1), ("bck", server.IsBackup ? 1 : 0), ("chkdown", server.Downs),
-                ("lastchg", Seconds(server.Since)), ("last_chk", server.Check), ("addr", server.Address));
+                "slim", Bound(server.MaxConnections), "stot", server.Connections, "lbtot", server.Connections, "weight", share,
+                "uweight", server.Weight, "throttle", server.Percent < 100 ? server.Percent : "",
+                "act", server.IsBackup ? 0 : 1, "bck", server.IsBackup ? 1 : 0, "chkdown", server.Downs,
+                "lastchg", Seconds(server.Since), "last_chk", server.Check, "addr", server.Address,
+                "ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000);
         }
 
-        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, ("slim", Bound(route.Limit.Most)), ("qcur", stats.Queued),
-            ("qlimit", Bound(route.Settings.Pool.Queue)), ("stot", connections), ("lbtot", connections), ("weight", weight),
-            ("uweight", weight), ("act", active), ("bck", backup), ("algo", Policies[(int)route.Settings.Pool.Policy]));
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
+            "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
+            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
         return rows;
 
-        void Add(string name, int type, int sid, string status, Counters counters, params (string Column, object Value)[] own)
+        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
         {
-            Dictionary<string, object> row = new()
+            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
+                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
+                .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
+                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
+            Dictionary<string, object> row = [];
+            for (int i = 0; i < cells.Length; i += 2)
             {
-                ["pxname"] = route.Title,
-                ["svname"] = name,
-                ["iid"] = id,
-                ["sid"] = sid,
-                ["type"] = type,
-                ["pid"] = 1,
-                ["mode"] = "tcp",
-                ["status"] = status,
-                ["scur"] = counters.Current,
-                ["smax"] = counters.Most,
-                ["bin"] = counters.BytesUp,
-                ["bout"] = counters.BytesDown,
-            };
-            if (type != 0)
-            {
-                (row["econ"], row["wredis"]) = (counters.ConnectFailures, counters.Retries);
-                (row["cli_abrt"], row["srv_abrt"]) = (counters.ClientResets, counters.ServerResets);
+                row[(string)cells[i]] = cells[i + 1];
             }
 
-            Array.ForEach(own, cell => row[cell.Column] = cell.Value);
             rows.Add(row);
         }
 
