@@ -152,7 +152,7 @@ internal static class Program
     {
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
-        Proxy proxy = new(settings, running => CommandLine.Parse(args, running));
+        Proxy proxy = new(settings, running => CommandLine.Parse(args, running)) { Version = Help.Version };
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
@@ -472,6 +472,13 @@ internal sealed class Option(
             "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
             + "or 1 when it is an error, or has not come within --timeout.",
             (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
+
+        new("stats", '\0', "ADDR", "observe", Scope.Process, "",
+            "Serve at ADDR, over HTTP, a live page of routes, servers and connections (/), /metrics for Prometheus, /stats.json, and "
+            + "/healthz: 200, or 503 while draining or when a route has no server up. A port alone is loopback only. Whoever can "
+            + "connect can see all of it.",
+            (s, _, v) => s.Stats = ListenAddress.Parse(v) is { PortCount: 1 } address ? address
+                : throw new FormatException($"'{v}' is a range; one port is enough")),
 
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
@@ -1039,6 +1046,7 @@ internal sealed class Settings(Settings? running = null)
     internal Dictionary<string, AccessFile> AccessFiles { get; private set; } = []; // of all routes, by their paths
     internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
+    internal ListenAddress? Stats { get; set; }
     internal CaptureSettings Captures { get; } = new();
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
@@ -1292,7 +1300,7 @@ internal sealed class Route
         List<ServerStats> servers = [];
         int queued = Line.Count;
         Pools.ForEach(pool => queued += pool.Look(servers));
-        (Stats.Servers, Stats.Queued) = (servers, queued);
+        (Stats.Servers, Stats.Queued, Stats.MaxConnections) = (servers, queued, Limit.Most);
         return Stats;
     }
 
@@ -1321,7 +1329,7 @@ internal sealed class Proxy : IObserved
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
-    private readonly List<Acceptor> _controls = []; // owned; disposed at the end
+    private readonly List<Acceptor> _own = []; // --stats, --control; owned; disposed at the end, so that one can look while it drains
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1338,6 +1346,8 @@ internal sealed class Proxy : IObserved
         Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
 
+    public required string Version { get; init; }
+    public DateTime StartedAt { get; } = DateTime.UtcNow;
     public bool IsDraining => _stopping.Task.IsCompleted;
 
     internal ConnectionLimit Limit { get; }
@@ -1345,7 +1355,6 @@ internal sealed class Proxy : IObserved
     internal Settings Settings => _settings;
     internal Log Log => _log;
     internal int Listeners => _acceptors.Count;
-    internal DateTime StartedAt { get; } = DateTime.UtcNow;
 
     public List<RouteStats> Look() => _routes.ConvertAll(route => route.Look());
 
@@ -1358,9 +1367,10 @@ internal sealed class Proxy : IObserved
         {
             lock (_changing)
             {
-                BindControl();
+                StatsServer? stats = BindOwn();
                 PutInForce(_settings);
-                _controls.ForEach(acceptor => acceptor.Start());
+                stats?.Start();
+                _own.ForEach(acceptor => acceptor.Start());
             }
 
             await _stopping.Task;
@@ -1369,7 +1379,7 @@ internal sealed class Proxy : IObserved
         finally
         {
             StopAccepting();
-            _controls.ForEach(acceptor => acceptor.Dispose());
+            _own.ForEach(acceptor => acceptor.Dispose());
             _files.ForEach(WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
@@ -1560,21 +1570,33 @@ internal sealed class Proxy : IObserved
         }
     }
 
-    private void BindControl()
+    private StatsServer? BindOwn()
     {
-        if (_settings.Control is not { } address)
+        StatsServer? stats = null;
+        if (_settings.Stats is { } address)
         {
-            return;
+            stats = new StatsServer(this, _log);
+            BindOwn("--stats", address, stats.Accepted, isPrivate: false);
+            _log.Event(LogLevel.Info, "stats", _own[0].Address);
         }
 
+        if (_settings.Control is { } path)
+        {
+            BindOwn("--control", path, new ControlServer(words => ControlCommand.Answer(this, words), _log).Accepted, isPrivate: true);
+        }
+
+        return stats;
+    }
+
+    private void BindOwn(string option, ListenAddress address, Action<Socket> accepted, bool isPrivate)
+    {
         try
         {
-            ControlServer server = new(words => ControlCommand.Answer(this, words), _log);
-            Acceptor.Bind(address, _log, (client, _) => server.Accepted(client), _controls, isPrivate: true);
+            Acceptor.Bind(address, _log, (client, _) => accepted(client), _own, isPrivate: isPrivate);
         }
         catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
         {
-            throw new IOException($"--control: cannot listen on {address.Text}: {Text.Reason(e)}");
+            throw new IOException($"{option}: cannot listen on {address.Text}: {Text.Reason(e)}");
         }
     }
 
@@ -2249,12 +2271,11 @@ internal sealed class ControlCommand(string words, string arguments, string help
             int id = 0;
             foreach (Server server in ServersOf(route))
             {
-                bool isUp = server.IsUp(Environment.TickCount64);
                 IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
-                string check = !server.IsChecked ? "1 0 2 0" : isUp ? "6 3 4 6" : "8 2 0 6";
+                string check = !server.IsChecked ? "1 0 2 0" : !server.IsDown ? "6 3 4 6" : "8 2 0 6";
                 text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
                     .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
-                    .Append(isUp && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
                     .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
                     .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
                     .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
@@ -3512,12 +3533,13 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     }
 
     /// <summary>The counters, with what is so at the moment.</summary>
-    internal ServerStats Look(long now)
+    internal ServerStats Look()
     {
         Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
         (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
-        (Stats.Current, Stats.IsUp, Stats.Mode) = (Volatile.Read(ref Active), IsUp(now), Mode);
-        (Stats.IsChecked, Stats.Percent) = (IsChecked, Percent(now));
+        (Stats.Current, Stats.IsChecked, Stats.Percent) = (Volatile.Read(ref Active), IsChecked, Percent(Environment.TickCount64));
+        Stats.State = Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
+            : IsDown ? "down" : Weight == 0 ? "drain" : "up";
         return Stats;
     }
 
@@ -3565,8 +3587,7 @@ internal sealed class Balancer(
     /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
     internal int Look(List<ServerStats> servers)
     {
-        long now = Environment.TickCount64;
-        servers.AddRange(Array.ConvertAll(Servers, server => server.Look(now)));
+        servers.AddRange(Array.ConvertAll(Servers, server => server.Look()));
         for (int i = 0; i < upstreams.Length; i++)
         {
             if (resolvers[i] is { Addresses.Length: 0 } resolver)
@@ -3576,7 +3597,7 @@ internal sealed class Balancer(
                     Title = $"{upstreams[i].Address.Host}:{Text.Of(upstreams[i].Address.PortAt(portIndex))}",
                     Weight = upstreams[i].Weight,
                     IsBackup = upstreams[i].IsBackup,
-                    IsUp = !resolver.HasFailed,
+                    State = resolver.HasFailed ? "down" : "up",
                     LastFailure = resolver.HasFailed ? "name not resolved" : "",
                 });
             }
@@ -8136,12 +8157,54 @@ internal sealed class LogText(bool isJson)
         Append(value.ToString(CultureInfo.InvariantCulture));
     }
 
+    internal void Add(string key, bool value)
+    {
+        Key(key);
+        Append(value ? "true" : "false");
+    }
+
+    // ---- what is nested, in JSON
+
+    internal void Add(long value)
+    {
+        Append(_isFirst ? "" : ",");
+        Append(value.ToString(CultureInfo.InvariantCulture));
+        _isFirst = false;
+    }
+
+    internal void Open(string bracket, string? key = null)
+    {
+        if (key is null)
+        {
+            Append(_isFirst ? "" : ",");
+        }
+        else
+        {
+            Key(key);
+        }
+
+        Append(bracket);
+        _isFirst = true;
+    }
+
+    internal void Close(string bracket)
+    {
+        Append(bracket);
+        _isFirst = false;
+    }
+
     private void Key(string key)
     {
         Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
         Append(key);
         Append(isJson ? "\":" : "=");
         _isFirst = false;
+    }
+
+    internal void Append(ReadOnlySpan<byte> text)
+    {
+        text.CopyTo(Room(text.Length));
+        Grow(text.Length);
     }
 
     internal void Append(string text) => Grow(Encoding.UTF8.GetBytes(text, Room(Encoding.UTF8.GetMaxByteCount(text.Length))));
@@ -8354,6 +8417,8 @@ internal sealed class Log : IDisposable
 /// <summary>The proxy, to those who look at it from outside.</summary>
 internal interface IObserved
 {
+    public string Version { get; }
+    public DateTime StartedAt { get; }
     public bool IsDraining { get; }
 
     /// <summary>The counters of all routes, in their order, with what is so at the moment.</summary>
@@ -8388,6 +8453,10 @@ internal abstract class Counters
     internal long BytesUp { get; private set; }
     internal long BytesDown { get; private set; }
 
+    /// <summary>The title, with a number where it is not the only one.</summary>
+    internal string Name { get; set; } = "";
+    internal int MaxConnections { get; set; } // 0 = off
+
     internal void Begin() => (_up, _down) = (Volatile.Read(ref _endedUp), Volatile.Read(ref _endedDown));
 
     internal void Add(long up, long down) => (_up, _down) = (_up + up, _down + down);
@@ -8418,6 +8487,8 @@ internal sealed class RouteStats(string title) : Counters
 {
     private const int MostEnds = 64; // the words of the operating system are not ours to number
 
+    internal static readonly string[] HistoryKeys = ["current", "connections", "bytes_up", "bytes_down"];
+
     private readonly Lock _gate = new();
     private EndCount[] _ends = [new("--", "other")]; // the first for those beyond; replaced as a whole, under the gate
 
@@ -8427,6 +8498,7 @@ internal sealed class RouteStats(string title) : Counters
     internal Histogram ConnectTime { get; } = new(Histogram.Connects);
     internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
     internal EndCount[] Ends => Volatile.Read(ref _ends);
+    internal Series[] History { get; private set; } = []; // of the keys above, once there is a --stats
 
     // as of the last look
     internal List<ServerStats> Servers { get; set; } = [];
@@ -8447,6 +8519,20 @@ internal sealed class RouteStats(string title) : Counters
         {
             server.Ended(line, reason);
             Duration.Add(line.Duration);
+        }
+    }
+
+    /// <summary>Called every <see cref="Series.Interval"/>, by one thread.</summary>
+    internal void Sample(long sample)
+    {
+        History = History.Length > 0 ? History : Array.ConvertAll(HistoryKeys, _ => new Series());
+        History[0].Found(sample, Volatile.Read(ref Current));
+        History[1].Grown(sample, Volatile.Read(ref Connections));
+        History[2].Grown(sample, BytesUp);
+        History[3].Grown(sample, BytesDown);
+        foreach (EndCount end in Ends)
+        {
+            (end.Recent ??= new Series()).Grown(sample, Volatile.Read(ref end.Count));
         }
     }
 
@@ -8481,6 +8567,7 @@ internal sealed class EndCount(string code, string words)
 
     internal string Code { get; } = code;
     internal string Words { get; } = words;
+    internal Series? Recent { get; set; }
 }
 
 internal sealed class ServerStats(RouteStats route) : Counters
@@ -8500,14 +8587,9 @@ internal sealed class ServerStats(RouteStats route) : Counters
     internal string Address { get; set; } = "";
     internal int Weight { get; set; }
     internal bool IsBackup { get; set; }
-    internal int MaxConnections { get; set; } // 0 = off
-    internal bool IsUp { get; set; }
-    internal ServerMode Mode { get; set; } // which wins over the state
     internal bool IsChecked { get; set; }
     internal int Percent { get; set; } = 100; // of its share, in a slow start
-
-    internal string State => Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
-        : !IsUp ? "down" : Weight == 0 ? "drain" : "up";
+    internal string State { get; set; } = "up"; // or down, drain, maint
 
     internal void Connected(TimeSpan time, int current)
     {
@@ -8581,6 +8663,14 @@ internal sealed class Totals
         lock (Gate)
         {
             Routes = proxy.Look();
+            Dictionary<string, string> names = [];
+            foreach (RouteStats route in Routes)
+            {
+                route.Name = Unique(names, route.Title);
+                Dictionary<string, string> known = [];
+                route.Servers.ForEach(server => server.Name = Unique(known, server.Title));
+            }
+
             ForEach(counters => counters.Begin());
             foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
             {
@@ -8600,11 +8690,731 @@ internal sealed class Totals
     internal List<RouteStats> Routes { get; }
     internal List<ISession> Sessions { get; } = []; // in no order
 
+    private static string Unique(Dictionary<string, string> names, string title)
+    {
+        string name = title;
+        for (int i = 2; !names.TryAdd(name, title); i++)
+        {
+            name = $"{title}#{Text.Of(i)}";
+        }
+
+        return name;
+    }
+
     private void ForEach(Action<Counters> action) => Routes.ForEach(route =>
     {
         action(route);
         route.Servers.ForEach(action);
     });
+}
+
+// ---- --stats
+
+/// <summary>What each interval has added to a number that only grows, or found of one that does not: for five minutes.</summary>
+internal sealed class Series
+{
+    internal const int Length = 150;
+    internal const int Interval = 2; // seconds
+
+    private readonly long[] _values = new long[Length];
+    private long _last;
+
+    internal long this[long sample] => _values[sample % Length];
+
+    internal void Grown(long sample, long total) => (_values[sample % Length], _last) = (total - _last, total);
+
+    internal void Found(long sample, long value) => _values[sample % Length] = value;
+
+    internal long Sum()
+    {
+        long sum = 0;
+        Array.ForEach(_values, value => sum += value);
+        return sum;
+    }
+}
+
+/// <summary>A client of the page. It has a little time, and the sweep sees to that.</summary>
+internal sealed class Visitor(Socket socket) : Watched
+{
+    private const int RequestTime = 5000; // ms
+    private const int AnswerTime = 10_000;
+
+    private long _deadline = Environment.TickCount64 + RequestTime;
+
+    internal byte[] Buffer { get; } = new byte[8 << 10];
+    internal int Length { get; set; } // of the request
+    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
+    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
+    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
+    internal TaskCompletionSource<byte[]> Answer { get; } = new();
+
+    internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
+
+    internal override bool Check(long now)
+    {
+        if (now >= Volatile.Read(ref _deadline))
+        {
+            socket.Close(0);
+        }
+
+        return false;
+    }
+
+    internal override void Stop() => socket.Close(0);
+}
+
+/// <summary>--stats: an HTTP server of four pages. One request a connection. A thread of its own samples and writes all
+/// answers, and rests four times as long as it has worked, so that no crowd of visitors takes a processor from the traffic.</summary>
+internal sealed class StatsServer(IObserved proxy, Log log)
+{
+    private const int MostVisitors = 64; // at once; whoever comes then is closed
+    private const int Pause = 4; // times what its work has taken
+
+    private readonly Queue<Visitor> _waiting = []; // under itself
+    private long _samples; // taken so far
+    private int _visitors;
+
+    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
+
+    /// <summary>The socket is ours (rule 1).</summary>
+    internal void Accepted(Socket socket)
+    {
+        if (Interlocked.Increment(ref _visitors) > MostVisitors)
+        {
+            Interlocked.Decrement(ref _visitors);
+            socket.Close(0);
+            return;
+        }
+
+        _ = ServeAsync(socket);
+    }
+
+    private async Task ServeAsync(Socket socket)
+    {
+        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
+        Visitor visitor = new(socket);
+        Memory<byte> buffer = visitor.Buffer;
+        Sweep.Add(visitor);
+        try
+        {
+            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
+            {
+                length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
+            }
+
+            if (visitor.Length > 0)
+            {
+                visitor.HasAsked();
+                lock (_waiting)
+                {
+                    _waiting.Enqueue(visitor);
+                    Monitor.Pulse(_waiting);
+                }
+
+                await socket.SendAsync(await visitor.Answer.Task, SocketFlags.None);
+                socket.Shutdown(SocketShutdown.Send);
+                for (int i = 0; i < Trailing && await socket.ReceiveAsync(buffer, SocketFlags.None) > 0; i++)
+                {
+                }
+            }
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it has left, or was too slow
+        }
+        finally
+        {
+            Sweep.Remove(visitor);
+            socket.Dispose();
+            Interlocked.Decrement(ref _visitors);
+        }
+    }
+
+    // ---- the thread
+
+    private void Run()
+    {
+        const int Interval = 1000 * Series.Interval;
+        long next = Environment.TickCount64;
+        double tired = 0; // ms
+        while (true)
+        {
+            Visitor? visitor;
+            lock (_waiting)
+            {
+                int pause = (int)Math.Max(0, next - Environment.TickCount64);
+                if (_waiting.Count == 0 && pause > 0)
+                {
+                    Monitor.Wait(_waiting, pause);
+                }
+
+                _waiting.TryDequeue(out visitor);
+            }
+
+            long began = Stopwatch.GetTimestamp();
+            try
+            {
+                if (Environment.TickCount64 >= next)
+                {
+                    next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
+                    Sample();
+                }
+
+                visitor?.Answer.SetResult(Answer(visitor));
+            }
+#pragma warning disable CA1031 // a surprise on this page must not end the proxy
+            catch (Exception e)
+#pragma warning restore CA1031
+            {
+                log.Event(LogLevel.Error, "internal-error", e.ToString());
+                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
+            }
+
+            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
+            Thread.Sleep((int)tired);
+            tired -= (int)tired;
+        }
+    }
+
+    private void Sample()
+    {
+        new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
+        _samples++;
+    }
+
+    // ---- HTTP
+
+    /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
+    private byte[] Answer(Visitor visitor)
+    {
+        LogText body = new(isJson: true);
+        string type = "text/plain";
+        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
+        string[] words = lines[0].Split(' ');
+        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
+            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
+            : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
+            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
+            : Write(body, words[1], ref type);
+        if (body.Bytes.Length == 0)
+        {
+            body.Append($"{status.Split('\r')[0]}\n");
+        }
+
+        byte[] head = Encoding.UTF8.GetBytes($"HTTP/1.1 {status}\r\nContent-Type: {type}; charset=utf-8\r\nContent-Length: "
+            + $"{Text.Of(body.Bytes.Length)}\r\nConnection: close\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+            + "Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\nContent-Security-Policy: default-src "
+            + "'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            + "form-action 'none'; frame-ancestors 'none'\r\n\r\n");
+        return words[0] == "HEAD" ? head : [.. head, .. body.Bytes];
+    }
+
+    /// <summary>A page from elsewhere can make its own name mean this machine (DNS rebinding), and ask in the reader's browser.
+    /// What asks at a loopback address by a name with a dot is one.</summary>
+    private static bool IsForeign(string[] lines)
+    {
+        const string Header = "host:";
+        string host = Array.Find(lines, line => line.StartsWith(Header, StringComparison.OrdinalIgnoreCase))?[Header.Length..].Trim() ?? "";
+        int port = host.LastIndexOf(':');
+        string name = port < 0 || host.EndsWith(']') ? host : host[..port];
+        return name.Contains('.', StringComparison.Ordinal) && !IPAddress.TryParse(name, out _)
+            && !name.EndsWith(".localhost", StringComparison.OrdinalIgnoreCase);
+    }
+
+    /// <summary>Returns the status.</summary>
+    private string Write(LogText body, string target, ref string type)
+    {
+        string[] parts = target.Split('?');
+        switch (parts[0])
+        {
+            case "/":
+                type = "text/html";
+                body.Append(StatsPage.Html);
+                return "200 OK";
+            case "/stats.json":
+                type = "application/json";
+                new StatsPage(proxy, log, body).WriteJson(_samples, parts.Length > 1 ? parts[1].Split('&') : []);
+                return "200 OK";
+            case "/metrics":
+                type = "text/plain; version=0.0.4";
+                new StatsPage(proxy, log, body).WriteMetrics();
+                return "200 OK";
+            case "/healthz":
+                string? illness = StatsPage.Illness(proxy, proxy.Look());
+                body.Append($"{illness ?? "ok"}\n");
+                return illness is null ? "200 OK" : "503 Service Unavailable";
+            default:
+                return "404 Not Found";
+        }
+    }
+}
+
+/// <summary>What the pages of <see cref="StatsServer"/> say.</summary>
+internal sealed class StatsPage
+{
+    private const int MostSessions = 50;
+
+    private readonly IObserved _proxy;
+    private readonly Log _log;
+    private readonly LogText _text;
+    private readonly Totals _totals;
+
+    internal StatsPage(IObserved proxy, Log log, LogText text) => (_proxy, _log, _text, _totals) = (proxy, log, text, new Totals(proxy));
+
+    /// <summary>Null when all is well.</summary>
+    internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
+        : routes.Find(route => !route.Servers.Exists(server => server.State == "up")) is { } route
+            ? $"route {Text.Escape(route.Title)} has no server up" : null;
+
+    // ---- JSON
+
+    /// <summary>The query may have since=N, the first sample that is wanted, and sessions=new for the youngest ones.</summary>
+    internal void WriteJson(long samples, string[] query)
+    {
+        const string Since = "since=";
+        string? since = Array.Find(query, word => word.StartsWith(Since, StringComparison.Ordinal));
+        long first = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, CultureInfo.InvariantCulture,
+            out long wanted) ? Math.Min(wanted, samples) : 0;
+        first = Math.Max(first, samples - Series.Length);
+        string? illness = Illness(_proxy, _totals.Routes);
+        _text.Begin();
+        _text.Add("version", _proxy.Version);
+        _text.Add("pid", Environment.ProcessId);
+        _text.Add("started", Text.Of(_proxy.StartedAt));
+        _text.Add("now", Text.Of(DateTime.UtcNow));
+        _text.Add("uptime_s", (long)(DateTime.UtcNow - _proxy.StartedAt).TotalSeconds);
+        _text.Add("draining", _proxy.IsDraining);
+        _text.Add("health", illness ?? "ok");
+        _text.Add("resident_bytes", Usage.Resident);
+        _text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
+        _text.Add("log_dropped", _log.DroppedInAll);
+        _text.Add("interval_s", Series.Interval);
+        _text.Add("samples", samples);
+        _text.Add("current", _totals.Sessions.Count);
+        _text.Open("[", "routes");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            WriteRoute(route, first, samples);
+        }
+
+        _text.Close("]");
+        _text.Open("[", "sessions");
+        WriteSessions(Array.IndexOf(query, "sessions=new") >= 0);
+        _text.Close("]");
+        _text.End();
+    }
+
+    private void WriteRoute(RouteStats route, long first, long samples)
+    {
+        _text.Open("{");
+        WriteCounters(route);
+        _text.Add("refused", route.Refused);
+        _text.Add("queued", route.Queued);
+        WriteHistogram("connect_time", route.ConnectTime);
+        WriteHistogram("duration", route.Duration);
+        _text.Open("[", "ends");
+        foreach (EndCount end in route.Ends)
+        {
+            _text.Open("{");
+            _text.Add("end", end.Code);
+            _text.Add("reason", end.Words);
+            _text.Add("count", Volatile.Read(ref end.Count));
+            _text.Add("recent", end.Recent?.Sum() ?? 0);
+            _text.Close("}");
+        }
+
+        _text.Close("]");
+        _text.Open("[", "servers");
+        foreach (ServerStats server in route.Servers)
+        {
+            WriteServer(server);
+        }
+
+        _text.Close("]");
+        _text.Open("{", "history");
+        for (int i = 0; i < route.History.Length; i++)
+        {
+            _text.Open("[", RouteStats.HistoryKeys[i]);
+            for (long sample = first; sample < samples; sample++)
+            {
+                _text.Add(route.History[i][sample]);
+            }
+
+            _text.Close("]");
+        }
+
+        _text.Close("}");
+        _text.Close("}");
+    }
+
+    private void WriteCounters(Counters counters)
+    {
+        _text.Add("name", counters.Name);
+        _text.Add("connections", Volatile.Read(ref counters.Connections));
+        _text.Add("current", Volatile.Read(ref counters.Current));
+        _text.Add("max_current", Volatile.Read(ref counters.Most));
+        _text.Add("limit", counters.MaxConnections);
+        _text.Add("bytes_up", counters.BytesUp);
+        _text.Add("bytes_down", counters.BytesDown);
+        _text.Add("connect_failures", Volatile.Read(ref counters.ConnectFailures));
+        _text.Add("retries", Volatile.Read(ref counters.Retries));
+        _text.Add("client_resets", Volatile.Read(ref counters.ClientResets));
+        _text.Add("server_resets", Volatile.Read(ref counters.ServerResets));
+    }
+
+    private void WriteServer(ServerStats server)
+    {
+        _text.Open("{");
+        WriteCounters(server);
+        _text.Add("address", server.Address);
+        _text.Add("state", server.State);
+        _text.Add("since", Text.Of(server.Since));
+        _text.Add("downs", Volatile.Read(ref server.Downs));
+        _text.Add("weight", server.Weight);
+        _text.Add("backup", server.IsBackup);
+        _text.Add("check", server.Check);
+        _text.Add("last_failure", server.LastFailure);
+        _text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
+        _text.Add("connect_time_us", Volatile.Read(ref server.ConnectMicroseconds));
+        _text.Close("}");
+    }
+
+    private void WriteHistogram(string name, Histogram histogram)
+    {
+        _text.Open("{", name);
+        _text.Open("[", "le_us");
+        Array.ForEach(histogram.Bounds, _text.Add);
+        _text.Close("]");
+        _text.Open("[", "counts");
+        for (int i = 0; i <= histogram.Bounds.Length; i++)
+        {
+            _text.Add(histogram.CountAt(i));
+        }
+
+        _text.Close("]");
+        _text.Add("sum_us", histogram.Sum);
+        _text.Close("}");
+    }
+
+    /// <summary>Those with the most bytes, or the youngest.</summary>
+    private void WriteSessions(bool isNew)
+    {
+        List<ISession> first = [];
+        foreach (ISession session in _totals.Sessions)
+        {
+            int place = first.Count;
+            while (place > 0 && IsBefore(session, first[place - 1]))
+            {
+                place--;
+            }
+
+            if (place < MostSessions)
+            {
+                first.Insert(place, session);
+                first.RemoveRange(Math.Min(first.Count, MostSessions), first.Count - Math.Min(first.Count, MostSessions));
+            }
+        }
+
+        bool IsBefore(ISession a, ISession b) => isNew ? a.Line.Age < b.Line.Age : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
+
+        foreach (ISession session in first)
+        {
+            _text.Open("{");
+            _text.Add("route", session.Line.RouteStats.Name);
+            _text.Add("client", Text.Of(session.Line.Client));
+            _text.Add("server", session.Line.ServerStats?.Title ?? "-");
+            _text.Add("address", Text.Of(session.Line.Address));
+            _text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
+            _text.Add("bytes_up", session.BytesUp);
+            _text.Add("bytes_down", session.BytesDown);
+            _text.Close("}");
+        }
+    }
+
+    // ---- Prometheus, text format 0.0.4
+
+    internal void WriteMetrics()
+    {
+        OfRoutes("frontend_connections_total", "Connections accepted.", route => Volatile.Read(ref route.Connections));
+        OfRoutes("frontend_current_sessions", "Connections now.", route => Volatile.Read(ref route.Current));
+        OfRoutes("frontend_max_sessions", "Most connections at once so far.", route => Volatile.Read(ref route.Most));
+        OfRoutes("frontend_limit_sessions", "Most connections allowed (--max-connections); 0 is any number.", route => route.MaxConnections);
+        OfRoutes("frontend_denied_connections_total", "Connections refused by access rules, limits, rates or full queues.",
+            route => Volatile.Read(ref route.Refused));
+        OfRoutes("frontend_bytes_in_total", "Bytes received from clients.", route => route.BytesUp);
+        OfRoutes("frontend_bytes_out_total", "Bytes sent to clients.", route => route.BytesDown);
+        Family("frontend_ends_total", "Connections ended, by HAProxy's two letters and reason.");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            foreach (EndCount end in route.Ends)
+            {
+                Sample("frontend_ends_total", $"{Label(route)},end={Quote(end.Code)},reason={Quote(end.Words)}",
+                    Text.Of(Volatile.Read(ref end.Count)));
+            }
+        }
+
+        OfHistograms("frontend_session_duration_seconds", "How long connections that had a server lasted.", route => route.Duration);
+        OfHistograms("backend_connect_time_seconds", "How long connecting to servers took.", route => route.ConnectTime);
+        OfRoutes("backend_current_queue", "Clients waiting for room.", route => route.Queued);
+        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.",
+            route => Volatile.Read(ref route.ConnectFailures));
+        OfRoutes("backend_retry_warnings_total", "Connects tried again at another server.", route => Volatile.Read(ref route.Retries));
+        OfRoutes("backend_client_aborts_total", "Connections reset by clients.", route => Volatile.Read(ref route.ClientResets));
+        OfRoutes("backend_server_aborts_total", "Connections reset by servers.", route => Volatile.Read(ref route.ServerResets));
+        OfRoutes("backend_active_servers", "Servers that take connections.",
+            route => route.Servers.FindAll(server => server.State == "up").Count);
+
+        Family("server_status", "1 for the state that the server is in, 0 for the others.");
+        string[] states = ["up", "down", "drain", "maint"];
+        EachServer(server => Array.ForEach(states, state =>
+            Sample("server_status", $"{Label(server)},state=\"{state}\"", server.State == state ? "1" : "0")));
+        Family("server_last_change_timestamp_seconds", "When the server came up or went down, since the epoch.");
+        EachServer(server => Sample("server_last_change_timestamp_seconds", Label(server), Epoch(server.Since)));
+        OfServers("server_weight", "Share of the connections.", server => server.Weight);
+        OfServers("server_current_sessions", "Connections now.", server => Volatile.Read(ref server.Current));
+        OfServers("server_max_sessions", "Most connections at once so far.", server => Volatile.Read(ref server.Most));
+        OfServers("server_limit_sessions", "Most connections allowed; 0 is any number.", server => server.MaxConnections);
+        OfServers("server_sessions_total", "Connections made.", server => Volatile.Read(ref server.Connections));
+        OfServers("server_bytes_in_total", "Bytes of clients for the server.", server => server.BytesUp);
+        OfServers("server_bytes_out_total", "Bytes of the server for clients.", server => server.BytesDown);
+        OfServers("server_connection_errors_total", "Connects that failed.", server => Volatile.Read(ref server.ConnectFailures));
+        OfServers("server_retry_warnings_total", "Failed connects after which another server was tried.",
+            server => Volatile.Read(ref server.Retries));
+        OfServers("server_client_aborts_total", "Connections reset by clients.", server => Volatile.Read(ref server.ClientResets));
+        OfServers("server_server_aborts_total", "Connections reset by the server.", server => Volatile.Read(ref server.ServerResets));
+        OfServers("server_check_up_down_total", "How often the server went down.", server => Volatile.Read(ref server.Downs));
+        Family("server_connect_time_seconds", "How long connecting to the server took.", "summary");
+        EachServer(server =>
+        {
+            Sample("server_connect_time_seconds_sum", Label(server), Seconds(Volatile.Read(ref server.ConnectMicroseconds)));
+            Sample("server_connect_time_seconds_count", Label(server), Text.Of(Volatile.Read(ref server.Connections)));
+        });
+
+        Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
+        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
+        Single("process_cpu_seconds_total", "Processor time used.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
+        Single("process_resident_memory_bytes", "Resident memory.", Text.Of(Usage.Resident));
+        Single("process_open_fds", "Open descriptors.", Text.Of(Usage.OpenDescriptors));
+        Single("process_max_fds", "Descriptors allowed.", Text.Of(Descriptors.Limit));
+        Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
+        Single("process_log_dropped_lines_total", "Log lines dropped because their reader was too slow.", Text.Of(_log.DroppedInAll));
+    }
+
+    private void Family(string name, string help, string? type = null)
+    {
+        type ??= name.EndsWith("_total", StringComparison.Ordinal) ? "counter" : "gauge";
+        _text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
+    }
+
+    private void Sample(string name, string labels, string value) =>
+        _text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
+
+    private void Single(string name, string help, string value, string labels = "")
+    {
+        Family(name, help);
+        Sample(name, labels, value);
+    }
+
+    private void OfRoutes(string name, string help, Func<RouteStats, long> value)
+    {
+        Family(name, help);
+        _totals.Routes.ForEach(route => Sample(name, Label(route), Text.Of(value(route))));
+    }
+
+    private void EachServer(Action<ServerStats> action) => _totals.Routes.ForEach(route => route.Servers.ForEach(action));
+
+    private void OfServers(string name, string help, Func<ServerStats, long> value)
+    {
+        Family(name, help);
+        EachServer(server => Sample(name, Label(server), Text.Of(value(server))));
+    }
+
+    private void OfHistograms(string name, string help, Func<RouteStats, Histogram> of)
+    {
+        Family(name, help, "histogram");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            Histogram histogram = of(route);
+            long sum = histogram.Sum;
+            long count = 0;
+            for (int i = 0; i <= histogram.Bounds.Length; i++)
+            {
+                count += histogram.CountAt(i);
+                string bound = i < histogram.Bounds.Length ? Seconds(histogram.Bounds[i]) : "+Inf";
+                Sample($"{name}_bucket", $"{Label(route)},le=\"{bound}\"", Text.Of(count));
+            }
+
+            Sample($"{name}_sum", Label(route), Seconds(sum));
+            Sample($"{name}_count", Label(route), Text.Of(count));
+        }
+    }
+
+    private static string Label(RouteStats route) => $"route={Quote(route.Name)}";
+
+    private static string Label(ServerStats server) => $"{Label(server.RouteStats)},server={Quote(server.Name)}";
+
+    /// <summary>The format knows these three escapes and no other.</summary>
+    private static string Quote(string value) => $"\"{value.Replace("\\", "\\\\", StringComparison.Ordinal)
+        .Replace("\"", "\\\"", StringComparison.Ordinal).Replace("\n", "\\n", StringComparison.Ordinal)}\"";
+
+    private static string Epoch(DateTime utc) => Seconds((utc.Ticks - DateTime.UnixEpoch.Ticks) / TimeSpan.TicksPerMicrosecond);
+
+    /// <summary>Microseconds as seconds.</summary>
+    private static string Seconds(long time) =>
+        $"{Text.Of(time / 1_000_000)}.{Text.Of(time % 1_000_000).PadLeft(6, '0')}".TrimEnd('0').TrimEnd('.');
+
+    // ---- the page
+
+    internal static ReadOnlySpan<byte> Html => """
+<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tcpproxy</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M2 5h10l-3-3m5 9H4l3 3'
+ fill='none' stroke='%233b6fe0' stroke-width='2'/></svg>">
+<style>
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1b2330; --dim: #68717f; --line: #e6e9ee; --soft: #f2f4f7;
+  --up: #d9822b; --down: #2f6fde; --now: #7a5cc9; --good: #1c9a5b; --warn: #b97d00; --bad: #d0383b }
+@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161b22; --ink: #e3e8ef; --dim: #8a94a3; --line: #252c36;
+  --soft: #1c222b; --up: #f0a04b; --down: #6aa0ff; --now: #a78bfa; --good: #3fb977; --warn: #e0a83a; --bad: #f26d6d } }
+* { box-sizing: border-box; margin: 0 }
+body { background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  max-width: 1180px; margin: auto; padding: 20px }
+header, h2, .facts, .legend { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px }
+header { margin-bottom: 16px } h1 { font-size: 20px; font-weight: 650; letter-spacing: -.02em }
+h2 { font-size: 15px; font-weight: 650; overflow-wrap: anywhere } h3 { font-size: 12px; font-weight: 600; color: var(--dim); margin: 0 0 4px }
+.dim, .facts, th, .legend { color: var(--dim); font-weight: 400; font-size: 12px } .facts { margin-left: auto } .facts b { color: var(--ink) }
+b { font-weight: 600 } .pill { border-radius: 99px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: var(--c);
+  background: color-mix(in srgb, var(--c) 14%, transparent) }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin-bottom: 12px; min-width: 0 }
+.tile { padding: 12px 0 0; overflow: hidden; margin: 0 } .tile > div { padding: 0 16px } .tile strong { font-size: 22px; font-weight: 650;
+  letter-spacing: -.02em } .tiles + * { margin-top: 12px }
+.cols { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px 24px; margin: 10px 0 } .main { display: grid; gap: 16px 28px;
+  grid-template-columns: minmax(0, 1fr) 270px }
+svg { display: block; width: 100%; height: 56px; overflow: visible } .tile svg { height: 44px } .graph { border-bottom: 1px solid var(--line) }
+svg path { fill: none; stroke: var(--c); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linejoin: round }
+svg path.area { fill: var(--c); fill-opacity: .13; stroke: none } .mark { stroke: var(--dim); stroke-dasharray: 2 2 }
+.legend i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; background: var(--c); margin-right: 5px }
+.legend { margin-bottom: 4px; min-height: 18px } .legend span:last-child { margin-left: auto }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
+th { text-align: right; padding: 0 0 3px 12px; white-space: nowrap } td { text-align: right; padding: 4px 0 4px 12px; white-space: nowrap;
+  border-top: 1px solid var(--line) } th:first-child, td:first-child { text-align: left; padding-left: 0 } .l { text-align: left }
+th, td { min-width: 62px } td:first-child { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis } .even td:first-child { width: auto; max-width: none } .dot { display: inline-block; width: 8px; height: 8px;
+  border-radius: 50%; background: var(--c); margin-right: 8px } td small { font-size: 12px; color: var(--dim); margin-left: 6px }
+.bar { height: 4px; border-radius: 2px; background: var(--soft); margin: 2px 0 7px } .bar i { display: block; height: 4px;
+  border-radius: 2px; background: var(--c); min-width: 2px } .end { display: flex; gap: 8px; font-size: 13px; align-items: baseline }
+.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px } .end span:nth-child(2) { flex: 1; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap }
+button { font: inherit; font-size: 12px; color: var(--dim); background: none; border: 0; padding: 2px 8px; border-radius: 6px; cursor: pointer }
+button.on, button:hover { background: var(--soft); color: var(--ink) } .old main { opacity: .45 } .z { color: var(--dim); opacity: .55 }
+@media (max-width: 760px) { body { padding: 12px } .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .cols { grid-template-columns: 1fr 1fr }
+  .main { grid-template-columns: minmax(0, 1fr) }
+  .w { display: none } th, td { min-width: 0 } .facts { margin-left: 0 } .cols > :first-child { grid-column: span 2 } .card { padding: 12px } .tile { padding: 10px 0 0 } }
+</style>
+<header></header><main><noscript>This page draws itself with its script. The same numbers: <a href="stats.json">stats.json</a>,
+<a href="metrics">metrics</a>.</noscript></main>
+<script>
+'use strict'
+const KEEP = 150, BAR = [...Array(KEEP).keys()], state = { up: '--good', down: '--bad', drain: '--warn', maint: '--now' }
+const $ = (tag, attributes = {}, ...children) => { // text goes in as text only: names are anybody's
+  const e = tag[0] == '-' ? document.createElementNS('http://www.w3.org/2000/svg', tag.slice(1)) : document.createElement(tag)
+  for (const [key, value] of Object.entries(attributes)) key == 'click' ? e.onclick = value : e.setAttribute(key, value)
+  e.append(...children.flat().filter(c => c != null)); return e }
+const color = name => ({ style: `--c: var(${name})` })
+const scale = (n, units, step) => { let i = 0; while (n >= 999.5 && i < units.length - 1) { n /= step; i++ }
+  return (n >= 100 || !i && n % 1 == 0 ? n.toFixed(0) : n.toFixed(1)) + units[i] }
+const count = n => n < 1e5 ? (n % 1 ? n.toFixed(1) : n.toLocaleString('en')) : scale(n, ['', ' k', ' M', ' G'], 1000)
+const bytes = n => scale(n, [' B', ' kB', ' MB', ' GB', ' TB', ' PB'], 1000), rate = n => bytes(n) + '/s', persec = n => count(n) + '/s'
+const span = s => s < 60 ? `${s < 10 ? +s.toFixed(1) : s | 0} s` : s < 3600 ? `${s / 60 | 0} m ${s % 60 | 0} s`
+  : s < 86400 ? `${s / 3600 | 0} h ${s / 60 % 60 | 0} m` : `${s / 86400 | 0} d ${s / 3600 % 24 | 0} h`
+const dimZero = (n, text = count) => $('span', n ? {} : { class: 'z' }, n ? text(n) : '0')
+const last = list => list[list.length - 1] ?? 0
+
+function graph(text, ...lines) { // [name, color, values]: the newest on the right, all on one scale from 0
+  const top = Math.max(...lines.flatMap(l => l[2]), 1e-9), at = (v, i, n) => `${KEEP - n + i} ${(30 - v / top * 28).toFixed(2)}`
+  const svg = $('-svg', { viewBox: `0 0 ${KEEP - 1} 30`, preserveAspectRatio: 'none', class: 'graph' })
+  for (const [, c, values] of lines) { const path = values.map((v, i) => at(v, i, values.length)).join('L'), from = KEEP - values.length
+    if (path) svg.append($('-path', { class: 'area', d: `M${from} 30L${path}L${KEEP - 1} 30`, ...color(c) }), $('-path', { d: 'M' + path, ...color(c) })) }
+  svg.lines = lines; svg.text = text; svg.legend = lines.length > 1 || lines[0][0] ? $('div', { class: 'legend' },
+    lines.map(([name, c, values]) => $('span', {}, $('i', color(c)), name, ' ', $('b', {}, text(last(values))))),
+    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`, $('span', { class: 'w' }, ' in 5 min'))) : ''
+  return svg }
+const tile = (title, text, c, values) => $('div', { class: 'card tile' }, $('div', {}, $('h3', {}, title),
+  $('strong', {}, text(last(values)))), graph(text, ['', c, values]))
+const facts = (...pairs) => $('span', { class: 'facts' }, pairs.filter(Boolean).map(([n, what]) => $('span', {}, $('b', {}, n), ' ', what)))
+const table = (heads, rows, style = '') => $('div', { class: 'scroll' }, $('table', { class: style }, $('tr', {}, heads.map(([t, c]) => $('th', { class: c ?? '' }, t))),
+  rows.map(cells => $('tr', {}, cells.map((cell, i) => $('td', { class: heads[i][1] ?? '', ...(cell?.title ? { title: cell.title } : {}) }, cell ?? ''))))))
+
+const opened = new Set
+function servers(route) {
+  const rank = s => s.state == 'up' ? 2 : s.state == 'down' ? 0 : 1, all = [...route.servers]
+  const few = opened.has(route.name) || all.length <= 12 ? all : all.sort((a, b) => rank(a) - rank(b) || b.current - a.current).slice(0, 12)
+  return $('div', {}, table([['server'], ['now'], ['total'], ['↑', 'w'], ['↓', ''], ['connect', 'w'], ['failed'], ['weight', 'w']], few.map(s => [
+    $('span', { title: `${s.address}, ${s.state} since ${s.since}` + (s.last_failure ? `; last failure: ${s.last_failure} ${s.last_failed}` : '')
+      + (s.check ? `; check: ${s.check}` : '') }, $('i', { class: 'dot', ...color(state[s.state]) }), s.name, $('small', {}, s.state != 'up'
+      ? s.state + (s.state == 'down' && (s.check || s.last_failure) ? ` · ${s.check || s.last_failure}` : '') : s.backup ? 'backup' : '')),
+    dimZero(s.current), dimZero(s.connections), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes),
+    s.connections ? `${(s.connect_time_us / s.connections / 1000).toFixed(1)} ms` : $('span', { class: 'z' }, '–'),
+    dimZero(s.connect_failures), s.weight])), all.length > few.length || opened.has(route.name) ? $('button', { click: () => {
+      opened.delete(route.name) || opened.add(route.name); render() } }, opened.has(route.name) ? 'fewer' : `all ${all.length} servers`) : null) }
+
+const endColor = e => e == '--' ? '--good' : e[0] == 'S' || e[0] == 'I' || e[0] == 'R' ? '--bad' : e[0] == 'P' ? '--now' : e[0] == 'K' ? '--dim' : '--warn'
+function ends(route) {
+  const list = route.ends.filter(e => e.count).sort((a, b) => b.recent - a.recent || b.count - a.count).slice(0, 8)
+  const most = Math.max(1, ...list.map(e => e.recent))
+  return $('div', {}, $('h3', {}, 'ends, last 5 minutes'), list.length ? list.map(e => $('div', { title: `${e.count} since the start`,
+    ...color(endColor(e.end)) }, $('div', { class: 'end' }, $('code', {}, e.end), $('span', {}, e.reason), dimZero(e.recent)),
+    $('div', { class: 'bar' }, e.recent ? $('i', { style: `width: ${e.recent / most * 100}%` }) : null))) : $('span', { class: 'dim' }, 'none yet')) }
+
+function card(route, h) {
+  const traffic = graph(rate, ['↑ from clients', '--up', h.bytes_up], ['↓ to clients', '--down', h.bytes_down])
+  const now = graph(count, ['connections', '--now', h.current]), fresh = graph(persec, ['new', '--good', h.connections])
+  const up = route.servers.filter(s => s.state == 'up').length
+  return $('section', { class: 'card' }, $('h2', {}, route.name, $('span', { class: 'pill', ...color(up == route.servers.length ? '--good'
+    : up ? '--warn' : '--bad') }, `${up} of ${route.servers.length} up`), facts([count(route.current), route.limit ? `of ${count(route.limit)} now` : 'now'],
+    [count(route.max_current), 'max'], [count(route.connections), 'total'], [bytes(route.bytes_up), '↑'], [bytes(route.bytes_down), '↓'],
+    route.queued && [count(route.queued), 'queued'], route.refused && [count(route.refused), 'refused'], route.connect_failures
+    && [count(route.connect_failures), 'failed connects'])), $('div', { class: 'cols' }, [traffic, now, fresh].map(g =>
+    $('div', {}, g.legend, g))), $('div', { class: 'main' }, servers(route), ends(route))) }
+
+let S, H = {}, samples = 0, order = 'bytes', lost = 0, busy, pointer
+const orders = { bytes: 'most bytes', new: 'newest' }
+function render() {
+  if (!S || !getSelection().isCollapsed) return // somebody is copying
+  const sum = key => BAR.map(i => S.routes.reduce((n, r) => { const v = H[r.name][key]; return n + (v[v.length - KEEP + i] ?? 0) }, 0))
+    .slice(-Math.max(1, ...S.routes.map(r => H[r.name][key].length)))
+  const many = S.routes.length > 1
+  document.body.className = lost ? 'old' : ''
+  document.querySelector('header').replaceChildren($('h1', {}, 'tcpproxy'), $('span', { class: 'pill', ...color(lost || S.health != 'ok' ? '--bad' : '--good') },
+    lost ? `no answer since ${new Date(lost).toLocaleTimeString()}` : S.health == 'ok' ? 'healthy' : S.health), facts([span(S.uptime_s), 'up'],
+    [bytes(S.resident_bytes), 'memory'], [span(S.cpu_ms / 1000), 'processor'], S.log_dropped && [count(S.log_dropped), 'log lines dropped'], ['version', S.version]))
+  const y = scrollY
+  document.querySelector('main').replaceChildren($('div', { class: 'tiles' }, tile('connections', count, '--now', sum('current')),
+    tile('new connections', persec, '--good', sum('connections')), tile('↑ from clients', rate, '--up', sum('bytes_up')),
+    tile('↓ to clients', rate, '--down', sum('bytes_down'))), ...S.routes.map(r => card(r, H[r.name])),
+    $('section', { class: 'card' }, $('h2', {}, 'sessions', $('span', {}, Object.keys(orders).map(o => $('button', { class: o == order ? 'on' : '',
+      click: () => { order = o; poll() } }, orders[o]))), facts([count(S.sessions.length), `of ${count(S.current)}`])),
+    table([['client'], ['route', many ? 'l w' : 'w'], ['server', 'l'], ['age'], ['↑'], ['↓']], S.sessions.map(s => [s.client, many ? s.route : '',
+      s.server, span(s.age_ms / 1000), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes)]), 'even')))
+  scrollTo(0, y); hover() }
+function hover() {
+  const svg = pointer && document.elementFromPoint(pointer[0], pointer[1])?.closest?.('svg'); if (!svg?.lines) return
+  const box = svg.getBoundingClientRect(), i = Math.round((pointer[0] - box.left) / box.width * (KEEP - 1)), ago = (KEEP - 1 - i) * S.interval_s
+  svg.querySelector('.mark')?.remove(); svg.append($('-path', { class: 'mark', d: `M${i} 0V30` }))
+  const say = svg.lines.map(([name, , v]) => `${name} ${v[v.length - KEEP + i] == null ? '–' : svg.text(v[v.length - KEEP + i])}`).join('  ')
+  if (svg.legend) svg.legend.lastChild.textContent = `${say.trim()}, ${span(ago)} ago`; else svg.parentNode.querySelector('h3').textContent = `${say.trim()}, ${span(ago)} ago` }
+onpointermove = e => { pointer = [e.clientX, e.clientY]; hover() }
+async function poll() {
+  if (busy) return; busy = true
+  try { const s = await (await fetch(`stats.json?since=${samples}&sessions=${order}`, { cache: 'no-store', signal: AbortSignal.timeout(8000) })).json()
+    if (S && S.started != s.started) { S = undefined; H = {}; samples = 0; busy = false; return poll() } // another process
+    const old = H; H = {}
+    for (const r of s.routes) { const h = H[r.name] = {}
+      for (const k in r.history) h[k] = [...old[r.name]?.[k] ?? [], ...r.history[k].map(v => k == 'current' ? v : v / s.interval_s)].slice(-KEEP) }
+    S = s; samples = s.samples; lost = 0 } catch { lost ||= Date.now() }
+  busy = false; render() }
+setInterval(() => document.hidden || poll(), 2000); poll()
+</script></html>
+"""u8;
 }
 
 // ---- control
@@ -9285,6 +10095,44 @@ internal static class Descriptors
         return found.Count > 0 ? [.. found] : throw new IOException(isOurs
             ? $"no descriptor of that name was passed, only '{string.Join("', '", names)}'"
             : "no descriptors were passed (LISTEN_PID, LISTEN_FDNAMES); is this started by socket activation?");
+    }
+}
+
+/// <summary>What this process takes; 0 where nobody knows.</summary>
+internal static class Usage
+{
+    /// <summary>Bytes, of proc_pid_statm(5).</summary>
+    internal static long Resident
+    {
+        get
+        {
+            try
+            {
+                Span<byte> text = stackalloc byte[256];
+                using SafeFileHandle file = File.OpenHandle("/proc/self/statm");
+                string[] words = Encoding.UTF8.GetString(text[..RandomAccess.Read(file, text, 0)]).Split(' ');
+                return words.Length > 1 && long.TryParse(words[1], out long pages) ? pages * Environment.SystemPageSize : 0;
+            }
+            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+            {
+                return 0;
+            }
+        }
+    }
+
+    internal static int OpenDescriptors
+    {
+        get
+        {
+            try
+            {
+                return Directory.GetFiles("/proc/self/fd").Length - 1; // one of them looks
+            }
+            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+            {
+                return 0;
+            }
+        }
     }
 }
 

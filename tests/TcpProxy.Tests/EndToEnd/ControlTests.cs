@@ -67,6 +67,7 @@ public sealed class ControlTests : EndToEndTest
             "-l", "127.0.0.1:0", "--name", "other", "-u", "echo");
         proxy.Tolerate("server");
         await proxy.Line("server", line => line["state"] == "down");
+        await Wait.Until(() => Rows(Say("show stat -1 4 1").GetAwaiter().GetResult())[0]["last_chk"] == "passed", "a check that passed");
         Peer first = await Given.Client(proxy);
         Peer second = await Given.Client(proxy);
         await first.Ask("0123456789");

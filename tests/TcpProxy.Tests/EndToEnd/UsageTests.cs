@@ -163,7 +163,7 @@ public sealed class UsageTests : EndToEndTest
             "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout",
             "dump", "dump-limit", "record", "pcap", "pcap-rotate",
             "replace-up", "replace-down", "block-up", "block-down", "filter-up", "filter-down", "toxic", "seed",
-            "control", "ctl", "log", "log-file",
+            "log", "log-file", "stats", "control", "ctl",
             "log-level", "config", "check-config", "reload-dry-run",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
