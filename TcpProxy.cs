@@ -1413,7 +1413,9 @@ internal sealed class Proxy : IObserved
                 outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
                     : throw new IOException("this process starts or stops");
             }
-            catch (Exception e) when (e is FormatException or IOException)
+#pragma warning disable CA1031 // whatever happens, the server goes on
+            catch (Exception e)
+#pragma warning restore CA1031
             {
                 (level, outcome) = (LogLevel.Error, [$"{e.Message}; nothing has changed"]);
             }
@@ -1489,7 +1491,7 @@ internal sealed class Proxy : IObserved
 
             WriteFiles(acceptors);
         }
-        catch (IOException)
+        catch
         {
             acceptors.FindAll(acceptor => !_acceptors.Contains(acceptor)).ForEach(acceptor => acceptor.Dispose());
             opened.ForEach(tap => tap.Close());
@@ -7806,7 +7808,7 @@ internal sealed class FirstBytes : IDisposable
         }
     }
 
-    internal byte[] Copy(int length) => _buffer.AsSpan(_start, length).ToArray();
+    internal byte[] Copy(int length) => length == 0 ? [] : _buffer.AsSpan(_start, length).ToArray(); // there may be no buffer yet
 
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
