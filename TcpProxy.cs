@@ -9644,6 +9644,7 @@ internal static class Sweep
     private static int _interval;
     private static long _stopAllAt = long.MaxValue;
 
+    /// <summary>From now on at the pace of these.</summary>
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
         double least = Longest * 8;
@@ -9657,6 +9658,8 @@ internal static class Sweep
         {
             new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
         }
+
+        Bell.Set(); // a reload leaves garbage, which is looked after even where nothing is watched
     }
 
     internal static void Add(Watched watched)
