@@ -1427,7 +1427,9 @@ internal sealed class Proxy : IObserved
                 outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
                     : throw new IOException("this process starts or stops");
             }
-            catch (Exception e) when (e is FormatException or IOException)
+#pragma warning disable CA1031 // whatever happens, the server goes on
+            catch (Exception e)
+#pragma warning restore CA1031
             {
                 (level, outcome) = (LogLevel.Error, [$"{e.Message}; nothing has changed"]);
             }
@@ -1528,7 +1530,7 @@ internal sealed class Proxy : IObserved
 
             WriteFiles(acceptors);
         }
-        catch (IOException)
+        catch
         {
             acceptors.FindAll(acceptor => !_acceptors.Contains(acceptor)).ForEach(acceptor => acceptor.Dispose());
             opened.ForEach(tap => tap.Close());
@@ -7845,7 +7847,7 @@ internal sealed class FirstBytes : IDisposable
         }
     }
 
-    internal byte[] Copy(int length) => _buffer.AsSpan(_start, length).ToArray();
+    internal byte[] Copy(int length) => length == 0 ? [] : _buffer.AsSpan(_start, length).ToArray(); // there may be no buffer yet
 
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
@@ -9957,6 +9959,7 @@ internal static class Sweep
     /// <summary>When it looked before (TickCount64), for those at whom it looks.</summary>
     internal static long LastLook { get; private set; }
 
+    /// <summary>From now on at the pace of these.</summary>
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
         double least = Longest * 8;
@@ -9970,6 +9973,8 @@ internal static class Sweep
         {
             new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
         }
+
+        Bell.Set(); // a reload leaves garbage, which is looked after even where nothing is watched
     }
 
     internal static void Add(Watched watched)
