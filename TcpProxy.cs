@@ -68,7 +68,7 @@
 //
 //    1 PROGRAM     Main, exit status, signals
 //    2 OPTIONS     the one table; command line and file to settings; help
-//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
+//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
 //    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
@@ -161,7 +161,7 @@ internal static class Program
         void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            if (context.Signal == PosixSignal.SIGHUP)
+            if (context.Signal == PosixSignal.SIGHUP && !OperatingSystem.IsWindows()) // there: its window is closed
             {
                 proxy.Reload(out _);
             }
@@ -991,7 +991,8 @@ internal static class Help
 
 // == 3  PROXY =======================================================================================================
 // Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
-// ends: no more accepting, bridges finish in time, the last lines are written.
+// ends: no more accepting, bridges finish in time, the last lines are written. A reload is a start among what runs: all that
+// may fail is done beside it, then Acceptors hand over to new Routes, which go on with what the old ones have counted.
 
 /// <summary>What the command line asks for.</summary>
 internal enum Command
@@ -1250,7 +1251,8 @@ internal sealed class Route
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
     {
-        (Stats.Title, Limit.Most) = (Title, Settings.MaxConnections);
+        Stats.Title = Title;
+        Limit.Most = _old?.Settings.MaxConnections == Settings.MaxConnections ? Limit.Most : Settings.MaxConnections;
         (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
         Addresses?.Use(Settings.Limits, Title);
         Rates?.PutInForce();
@@ -1318,7 +1320,6 @@ internal sealed class Route
 internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
-
     private const int Handover = 1000; // ms in which a client may still come to a route that is no longer in force
 
     private readonly Settings _settings; // as a reload leaves them

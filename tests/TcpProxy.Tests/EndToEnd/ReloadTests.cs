@@ -268,6 +268,31 @@ public sealed class ReloadTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_socket_of_systemd_stays_as_well_and_cannot_be_had_a_second_time()
+    {
+        string activate = Tool.Need("systemd-socket-activate", "systemd");
+        int[] ports = Free(2);
+        Launch launch = new()
+        {
+            Before = [activate, "--fdname=web", "-l", $"127.0.0.1:{ports[0]}"],
+            Chatter = ["Listening on ", "Communication attempt", "Execing "],
+            AwaitReady = false,
+        };
+        Upstream upstream = Given.Named("first");
+        string file = Given.Write("conf", "listen fd:web\nupstream echo\n");
+        ProxyProcess proxy = (await Given.Proxy(launch, "-c", file)).Tolerate("reload");
+        await Wait.Until(() => !Refuses(ports[0]), "systemd-socket-activate to listen");
+        await proxy.Ready();
+        Peer old = await Given.Client(proxy);
+        await old.Ask("hello");
+        await Reload(proxy, $"listen fd:web\nupstream {upstream.Address}\n", $"~ route fd:web: upstream echo -> {upstream.Address}");
+        Assert.Equal("first", await (await Given.Client(proxy)).ReceiveLine());
+        await Reload(proxy, $"listen {ports[1]}\nupstream echo\n", $"- listen fd:web ({file}:1)", $"+ listen {ports[1]} ({file}:1)");
+        await Reload(proxy, "listen fd:web\nupstream echo\n", $"{file}:1: listen: route fd:web: cannot listen on fd:web: descriptor 3 was taken before*");
+        await old.Ask("still here");
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_dry_run_asks_the_running_process_and_changes_nothing()
     {
         string control = Given.Path("control");
