@@ -7502,12 +7502,12 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 /// <summary>The life of one connection, filled in as it goes.</summary>
 internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
-    private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
     private long _connectTime = -1; // ms; -1 = never connected
     private TimeSpan _duration;
     private CloseReason? _reason;
 
+    internal long StartedAt { get; } = Stopwatch.GetTimestamp();
     internal RouteStats RouteStats { get; } = route;
     internal ServerStats? ServerStats { get; private set; } // null until connected
 
@@ -7519,12 +7519,12 @@ internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, 
 
     internal EndPoint? Address => _server;
     internal TimeSpan Duration => _duration;
-    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(StartedAt);
 
     internal void Connected(EndPoint? address, ServerStats? server)
     {
         (_server, ServerStats) = (address, server);
-        _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+        _connectTime = (long)Stopwatch.GetElapsedTime(StartedAt).TotalMilliseconds;
     }
 
     internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
@@ -8067,13 +8067,15 @@ internal sealed class Histogram(long[] bounds)
     }
 }
 
-/// <summary>All counters at one moment, with what the running connections have moved, and these. It takes about a millisecond
-/// for 10,000 of them, so it is not for the threads of the event loop.</summary>
+/// <summary>All counters at one moment, with what the running connections have moved. It takes about a millisecond for 10,000
+/// of them, so it is not for the threads of the event loop.</summary>
 internal sealed class Totals
 {
     private static readonly Lock Gate = new();
+    private static Watched[] _seen = []; // under the gate
 
-    internal Totals(IObserved proxy)
+    /// <summary>Up to <paramref name="most"/> connections are wanted as well: the youngest, or those with the most bytes.</summary>
+    internal Totals(IObserved proxy, int most = 0, bool areYoungest = false)
     {
         lock (Gate)
         {
@@ -8087,23 +8089,46 @@ internal sealed class Totals
             }
 
             ForEach(counters => counters.Begin());
-            foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
+            int count = Sweep.Copy(ref _seen); // after the sums: who ends between counts the next time, not twice
+            Span<Watched> watched = _seen.AsSpan(0, count);
+            foreach (Watched one in watched)
             {
-                if (watched is ISession session)
+                if (one is ISession session)
                 {
-                    Sessions.Add(session);
+                    Running++;
                     (long up, long down) = (session.BytesUp, session.BytesDown);
                     session.Line.RouteStats.Add(up, down);
                     session.Line.ServerStats?.Add(up, down);
+                    Put(session, most, areYoungest);
                 }
             }
 
+            watched.Clear();
             ForEach(counters => counters.Finish());
         }
     }
 
     internal List<RouteStats> Routes { get; }
-    internal List<ISession> Sessions { get; } = []; // in no order
+    internal int Running { get; private set; }
+    internal List<ISession> Sessions { get; } = []; // in their order
+
+    private void Put(ISession session, int most, bool areYoungest)
+    {
+        int place = Sessions.Count;
+        while (place > 0 && IsBefore(session, Sessions[place - 1]))
+        {
+            place--;
+        }
+
+        if (place < most)
+        {
+            Sessions.Insert(place, session);
+            Sessions.RemoveRange(Math.Min(most, Sessions.Count), Sessions.Count > most ? 1 : 0);
+        }
+
+        bool IsBefore(ISession a, ISession b) =>
+            areYoungest ? a.Line.StartedAt > b.Line.StartedAt : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
+    }
 
     private static string Unique(Dictionary<string, string> names, string title)
     {
@@ -8348,7 +8373,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
                 return "200 OK";
             case "/stats.json":
                 type = "application/json";
-                new StatsPage(proxy, log, body).WriteJson(_samples, parts.Length > 1 ? parts[1].Split('&') : []);
+                new StatsPage(proxy, log, body, parts.Length > 1 ? parts[1].Split('&') : []).WriteJson(_samples);
                 return "200 OK";
             case "/metrics":
                 type = "text/plain; version=0.0.4";
@@ -8372,9 +8397,15 @@ internal sealed class StatsPage
     private readonly IObserved _proxy;
     private readonly Log _log;
     private readonly LogText _text;
+    private readonly string[] _query;
     private readonly Totals _totals;
 
-    internal StatsPage(IObserved proxy, Log log, LogText text) => (_proxy, _log, _text, _totals) = (proxy, log, text, new Totals(proxy));
+    /// <summary>The query is for JSON: since=N is the first sample that is wanted, sessions=new asks for the youngest ones.</summary>
+    internal StatsPage(IObserved proxy, Log log, LogText text, params string[] query)
+    {
+        (_proxy, _log, _text, _query) = (proxy, log, text, query);
+        _totals = new Totals(proxy, MostSessions, Array.IndexOf(query, "sessions=new") >= 0);
+    }
 
     /// <summary>Null when all is well.</summary>
     internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
@@ -8383,11 +8414,10 @@ internal sealed class StatsPage
 
     // ---- JSON
 
-    /// <summary>The query may have since=N, the first sample that is wanted, and sessions=new for the youngest ones.</summary>
-    internal void WriteJson(long samples, string[] query)
+    internal void WriteJson(long samples)
     {
         const string Since = "since=";
-        string? since = Array.Find(query, word => word.StartsWith(Since, StringComparison.Ordinal));
+        string? since = Array.Find(_query, word => word.StartsWith(Since, StringComparison.Ordinal));
         long first = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, CultureInfo.InvariantCulture,
             out long wanted) ? Math.Min(wanted, samples) : 0;
         first = Math.Max(first, samples - Series.Length);
@@ -8405,7 +8435,7 @@ internal sealed class StatsPage
         _text.Add("log_dropped", _log.DroppedInAll);
         _text.Add("interval_s", Series.Interval);
         _text.Add("samples", samples);
-        _text.Add("current", _totals.Sessions.Count);
+        _text.Add("current", _totals.Running);
         _text.Open("[", "routes");
         foreach (RouteStats route in _totals.Routes)
         {
@@ -8414,7 +8444,7 @@ internal sealed class StatsPage
 
         _text.Close("]");
         _text.Open("[", "sessions");
-        WriteSessions(Array.IndexOf(query, "sessions=new") >= 0);
+        WriteSessions();
         _text.Close("]");
         _text.End();
     }
@@ -8512,28 +8542,9 @@ internal sealed class StatsPage
         _text.Close("}");
     }
 
-    /// <summary>Those with the most bytes, or the youngest.</summary>
-    private void WriteSessions(bool isNew)
+    private void WriteSessions()
     {
-        List<ISession> first = [];
         foreach (ISession session in _totals.Sessions)
-        {
-            int place = first.Count;
-            while (place > 0 && IsBefore(session, first[place - 1]))
-            {
-                place--;
-            }
-
-            if (place < MostSessions)
-            {
-                first.Insert(place, session);
-                first.RemoveRange(Math.Min(first.Count, MostSessions), first.Count - Math.Min(first.Count, MostSessions));
-            }
-        }
-
-        bool IsBefore(ISession a, ISession b) => isNew ? a.Line.Age < b.Line.Age : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
-
-        foreach (ISession session in first)
         {
             _text.Open("{");
             _text.Add("route", session.Line.RouteStats.Name);
@@ -8609,9 +8620,9 @@ internal sealed class StatsPage
         Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
         Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
         Single("process_cpu_seconds_total", "Processor time used.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
-        Single("process_resident_memory_bytes", "Resident memory.", Text.Of(Usage.Resident));
-        Single("process_open_fds", "Open descriptors.", Text.Of(Usage.OpenDescriptors));
-        Single("process_max_fds", "Descriptors allowed.", Text.Of(Descriptors.Limit));
+        Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
+        Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
+        Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
         Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
         Single("process_log_dropped_lines_total", "Log lines dropped because their reader was too slow.", Text.Of(_log.DroppedInAll));
     }
@@ -8629,6 +8640,14 @@ internal sealed class StatsPage
     {
         Family(name, help);
         Sample(name, labels, value);
+    }
+
+    private void Known(string name, string help, long value)
+    {
+        if (value > 0)
+        {
+            Single(name, help, Text.Of(value));
+        }
     }
 
     private void OfRoutes(string name, string help, Func<RouteStats, long> value)
@@ -8934,6 +8953,17 @@ internal static class Sweep
         }
     }
 
+    /// <summary>The same in <paramref name="seen"/>, which grows as it must; returns how many.</summary>
+    internal static int Copy(ref Watched[] seen)
+    {
+        lock (Gate)
+        {
+            seen = seen.Length < _count ? new Watched[_watched.Length] : seen;
+            Array.Copy(_watched, seen, _count);
+            return _count;
+        }
+    }
+
     private static void Run()
     {
         Watched[] seen = [];
@@ -8943,14 +8973,7 @@ internal static class Sweep
         {
             int pause = isQuiet ? Math.Min(2 * _interval, Longest) : _interval;
             Bell.WaitOne(!IsEmpty() ? pause : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
-            int count;
-            lock (Gate)
-            {
-                count = _count;
-                seen = seen.Length < count ? new Watched[_watched.Length] : seen;
-                Array.Copy(_watched, seen, count);
-            }
-
+            int count = Copy(ref seen);
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
             isQuiet = true;
@@ -9329,37 +9352,49 @@ internal static class Descriptors
 /// <summary>What this process takes; 0 where nobody knows.</summary>
 internal static class Usage
 {
-    /// <summary>Bytes, of proc_pid_statm(5).</summary>
-    internal static long Resident
+    /// <summary>Bytes.</summary>
+    internal static long Resident => OfStatus("VmRSS:") << 10;
+
+    /// <summary>To list /proc/self/fd would take 10 microseconds for each; to ask poll(2) which there are takes a tenth of one.</summary>
+    internal static long OpenDescriptors
     {
         get
         {
-            try
+            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
+            long limit = Libc.IsThere ? OfStatus("FDSize:") : 0;
+            long open = 0;
+            for (int first = 0; first < limit; first += some.Length)
             {
-                Span<byte> text = stackalloc byte[256];
-                using SafeFileHandle file = File.OpenHandle("/proc/self/statm");
-                string[] words = Encoding.UTF8.GetString(text[..RandomAccess.Read(file, text, 0)]).Split(' ');
-                return words.Length > 1 && long.TryParse(words[1], out long pages) ? pages * Environment.SystemPageSize : 0;
+                for (int i = 0; i < some.Length; i++)
+                {
+                    some[i] = new Libc.PollDescriptor { Descriptor = first + i };
+                }
+
+                _ = Libc.Poll(ref some[0], (nuint)some.Length, 0);
+                foreach (Libc.PollDescriptor one in some)
+                {
+                    open += (one.Returned & Libc.PollInvalid) == 0 ? 1 : 0;
+                }
             }
-            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-            {
-                return 0;
-            }
+
+            return open;
         }
     }
 
-    internal static int OpenDescriptors
+    /// <summary>A number of proc_pid_status(5).</summary>
+    private static long OfStatus(string key)
     {
-        get
+        try
         {
-            try
-            {
-                return Directory.GetFiles("/proc/self/fd").Length - 1; // one of them looks
-            }
-            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-            {
-                return 0;
-            }
+            Span<byte> bytes = stackalloc byte[4096];
+            using SafeFileHandle file = File.OpenHandle("/proc/self/status");
+            string text = Encoding.UTF8.GetString(bytes[..RandomAccess.Read(file, bytes, 0)]);
+            string[] words = text[Math.Max(0, text.IndexOf(key, StringComparison.Ordinal))..].Split((char[]?)null, 3, StringSplitOptions.RemoveEmptyEntries);
+            return words.Length > 1 && words[0] == key && long.TryParse(words[1], out long number) ? number : 0;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return 0;
         }
     }
 }
@@ -9685,6 +9720,7 @@ internal static partial class Libc
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
+    internal const short PollInvalid = 32;
     internal const int UnixFamily = 1;
     internal const int StreamSocket = 1;
     internal const int CloseOnExecSocket = 0x80000;
