@@ -156,6 +156,8 @@ internal static class Program
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
+        using PosixSignalRegistration? reopen = Signals.OfUser(1, proxy.Reopen);
+        using PosixSignalRegistration? tell = Signals.OfUser(2, proxy.TellState);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
@@ -455,14 +457,23 @@ internal sealed class Option(
             (s, _, v) => s.Seed = Units.ParseCount(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
-            "Log as text (logfmt), json (the same keys) or off.",
-            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
-        new("log-file", '\0', "FILE", "observe", Scope.Process, "",
-            "Append the log to FILE instead of stderr.",
-            (s, _, v) => s.Log.File = Text.FileName(v)),
+            "Log as text (logfmt), json (the same keys), haproxy (connections as by option tcplog, in local time; the rest is "
+            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off")),
+        new("log-file", '\0', "FILE|unix:PATH", "observe", Scope.Process, "",
+            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the unix "
+            + "socket at PATH, and connect again when that is gone.",
+            (s, _, v) => s.Log.SetFile(v)),
         new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("log-long", '\0', "TIME", "observe", Scope.Live, "1h",
+            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with what "
+            + "has passed so far.",
+            (s, _, v) => s.Log.Long = Units.ParseTime(v)),
+        new("log-skip-empty", '\0', "", "observe", Scope.Live, "",
+            "Do not log connections that clients end before a byte has passed either way: probes.",
+            (s, _, _) => s.Log.SkipsEmpty = true),
         new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
             "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
             + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
@@ -1063,7 +1074,7 @@ internal sealed class Settings(Settings? running = null)
     internal void TakeOver(Settings next, List<RouteSettings> routes)
     {
         (Routes, AccessFiles, MaxConnections, DrainTimeout) = (routes, next.AccessFiles, next.MaxConnections, next.DrainTimeout);
-        Log.Level = next.Log.Level;
+        (Log.Level, Log.Long, Log.SkipsEmpty) = (next.Log.Level, next.Log.Long, next.Log.SkipsEmpty);
         Choices = [.. Choices.FindAll(choice => choice.IsLasting), .. next.Choices.FindAll(choice => !choice.IsLasting)];
     }
 }
@@ -1188,6 +1199,7 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        settings.Bridge.Log = log;
         Stats = old?.Title == Title ? old.Stats : new RouteStats(Title);
         Limit = old?.Limit ?? new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = old?.Line ?? new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
@@ -1333,6 +1345,7 @@ internal sealed class Proxy : IObserved
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly Func<int> _count; // of the connections
     private int _serving = 1; // connections, and one for the accept loops as long as they run
     private int _signals;
     private int _onceTaken;
@@ -1343,6 +1356,7 @@ internal sealed class Proxy : IObserved
         (_settings, _read) = (settings, read);
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
+        _count = () => Volatile.Read(ref _serving) - 1;
         Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
 
@@ -1456,6 +1470,31 @@ internal sealed class Proxy : IObserved
         return difference;
     }
 
+    /// <summary>For those who rotate logs.</summary>
+    internal void Reopen() => _log.Reopen();
+
+    /// <summary>Says in words how things stand.</summary>
+    internal void TellState()
+    {
+        int most = 1000; // lines of servers
+        _log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
+            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(_log.DroppedInAll, "line")} of the log dropped{(IsDraining ? ", draining" : "")}");
+        foreach (RouteStats route in Look())
+        {
+            _log.State(Text.Count(route.Current, "connection") + (route.Queued > 0 ? $", {route.Queued} waiting" : "")
+                + (route.MaxConnections > 0 ? $", at most {route.MaxConnections}" : ""), route.Title);
+            most -= route.Servers.Count;
+            route.Servers[..Math.Clamp(most + route.Servers.Count, 0, route.Servers.Count)].ForEach(server => _log.State(
+                $"server {server.Title} is {server.State}, {Text.Count(server.Current, "connection")}"
+                    + (server.Weight == 1 ? "" : $", weight {server.Weight}") + (server.IsBackup ? ", backup" : ""), route.Title));
+        }
+
+        if (most < 0)
+        {
+            _log.State($"and {Text.Count(-most, "server")} more");
+        }
+    }
+
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
     {
@@ -1512,7 +1551,7 @@ internal sealed class Proxy : IObserved
             _used.AddRange(added);
         }
 
-        List<TimeSpan> bounds = [next.DrainTimeout];
+        List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
         Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
@@ -1705,7 +1744,7 @@ internal sealed class Proxy : IObserved
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Stats);
+        ConnectionLine line = _settings.Log.Format == LogFormat.Haproxy ? new HaproxyLine(route.Stats, _count) : new ConnectionLine(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1725,7 +1764,7 @@ internal sealed class Proxy : IObserved
             reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line.Most > 0)
             {
-                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client);
+                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line);
             }
 
             isAdmitted = reason is null;
@@ -1750,7 +1789,7 @@ internal sealed class Proxy : IObserved
             }
 
             connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
-                portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
+                portIndex, line, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
@@ -3483,7 +3522,7 @@ internal sealed class PoolSettings
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
 internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
-    internal int Active; // connections; changed by Interlocked
+    internal ref int Active => ref Stats.Active;
 
     internal Balancer Balancer { get; } = balancer;
     internal UpstreamSettings Upstream { get; private set; } = upstream;
@@ -4087,11 +4126,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
-    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.</summary>
+    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.
+    /// Its log <paramref name="line"/> is told.</summary>
     internal Task<CloseReason?> EnterAsync(
-        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
+        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false, ConnectionLine? line = null)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience));
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience), line);
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -4107,6 +4147,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             }
 
             waiter.Node = _waiters.AddLast(waiter);
+            waiter.Told?.Queued(_waiters.Count);
             _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
@@ -4148,14 +4189,17 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
                 _waiters.Remove(node);
                 _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
+                waiter.Told?.Dequeued();
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline,
+        ConnectionLine? told = null) : Watched
     {
+        internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
         internal bool IsPicky { get; } = isPicky;
         internal LinkedListNode<Waiter>? Node { get; set; } // its place
@@ -4207,11 +4251,12 @@ internal sealed class UpstreamPool(
     }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
-    /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
-    /// looked at only to see whether it has left.</summary>
+    /// The log <paramref name="line"/> is told, and has the client's address for --balance source; its socket
+    /// <paramref name="client"/> is looked at only to see whether it has left.</summary>
     internal async ValueTask<Connection> ConnectAsync(
-        int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
+        int portIndex, ConnectionLine? line = null, Socket? client = null, bool hasSpoken = false)
     {
+        line?.Choosing();
         long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
         if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
@@ -4219,7 +4264,7 @@ internal sealed class UpstreamPool(
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(line?.Client) : 0;
         UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
         Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
@@ -4229,7 +4274,7 @@ internal sealed class UpstreamPool(
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
-                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken, line);
                 last = tried is null ? new Connection(only, failure: refusal) : last;
                 deadline = Watched.Deadline(connect.Timeout);
             }
@@ -4239,6 +4284,7 @@ internal sealed class UpstreamPool(
                 return last;
             }
 
+            line?.Tried(server.Stats);
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
             last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
@@ -4332,12 +4378,12 @@ internal sealed class UpstreamPool(
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
-        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken, ConnectionLine? line)
     {
         Server? server = null;
         CloseReason? refusal = await balancer.Line.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
-            client, tried is not null, hasSpoken);
+            client, tried is not null, hasSpoken, line);
         return (server, refusal);
     }
 
@@ -4800,6 +4846,7 @@ internal sealed class BridgeSettings
     internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
+    internal Log? Log { get; set; } // where a long connection is told
 
     /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
     internal TimeSpan QuotaGrace =>
@@ -4858,8 +4905,8 @@ internal class Bridge : PumpOwner, ISession
 
     /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
-        Conversation? taps)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates = null,
+        Conversation? taps = null)
     {
         (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
@@ -5004,6 +5051,11 @@ internal class Bridge : PumpOwner, ISession
 
     internal override bool Check(long now)
     {
+        if (_settings.Log is { } log && log.IsDue(now, _startedAt) && _reason is null)
+        {
+            log.Write(Line.Early(BytesUp, BytesDown));
+        }
+
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
@@ -7905,8 +7957,8 @@ internal sealed class FirstBytes : IDisposable
 
 // == 12  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
-// writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
-// counted, and the count is said when the reader is back.
+// writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
+// the queue are dropped, counted, and the count is said when the reader is back.
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
@@ -7973,6 +8025,8 @@ internal enum LogFormat
 {
     Text,
     Json,
+    Haproxy,
+    Syslog,
     Off,
 }
 
@@ -7986,36 +8040,44 @@ internal enum LogLevel
 
 internal sealed class LogSettings
 {
+    private string? _socket;
+
     internal LogFormat Format { get; set; }
-    internal string? File { get; set; } // null = stderr
+    internal string? File { get; set; } // null = stderr, or a socket
     internal LogLevel Level { get; set; }
+    internal TimeSpan Long { get; set; } // zero = off
+    internal bool SkipsEmpty { get; set; }
+
+    /// <summary>The path of the socket that lines go to.</summary>
+    internal string? Socket => Format == LogFormat.Off ? null
+        : _socket ?? (Format == LogFormat.Syslog && File is null ? "/dev/log" : null);
+
+    internal void SetFile(string text)
+    {
+        const string Unix = "unix:";
+        bool isSocket = text.StartsWith(Unix, StringComparison.Ordinal);
+        _socket = isSocket ? Address.CheckPath(text[Unix.Length..]) : null;
+        File = isSocket ? null : Text.FileName(text);
+    }
 }
 
 /// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
 internal abstract class LogLine(LogLevel level, string name)
 {
     protected DateTime Time { get; private set; }
+    protected virtual string Name => name;
 
     internal LogLevel Level { get; } = level;
 
     /// <summary>The bytes in a block, which goes to stderr wherever the lines go. 0 for a line.</summary>
     internal virtual int Shown => 0;
 
-    internal void Stamp() => Time = DateTime.UtcNow;
+    internal virtual void Stamp() => Time = DateTime.UtcNow;
 
     /// <summary>Called once, by the writer.</summary>
     internal virtual void Format(LogText text)
     {
-        text.Begin();
-        text.Add("time", Text.Of(Time));
-        text.Add("level", Level switch
-        {
-            LogLevel.Debug => "debug",
-            LogLevel.Info => "info",
-            LogLevel.Warn => "warn",
-            _ => "error",
-        });
-        text.Add("event", name);
+        text.Begin(Time, Level, Name);
         AddKeys(text);
         text.End();
     }
@@ -8023,7 +8085,7 @@ internal abstract class LogLine(LogLevel level, string name)
     protected abstract void AddKeys(LogText text);
 }
 
-internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+internal class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text)
     {
@@ -8035,6 +8097,26 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
         if (message.Length > 0)
         {
             text.Add("message", message);
+        }
+    }
+}
+
+/// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
+internal sealed class StateLine(string? route, string words, bool isShown) : MessageLine(LogLevel.Info, "state", route, words)
+{
+    private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
+
+    internal override int Shown => isShown ? _shown.Length : 0;
+
+    internal override void Format(LogText text)
+    {
+        if (isShown)
+        {
+            text.Append($"{_shown}\n");
+        }
+        else
+        {
+            base.Format(text);
         }
     }
 }
@@ -8077,13 +8159,11 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
+internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
     private static int _lastId;
 
     private EndPoint? _server;
-    private long _connectTime = -1; // ms; -1 = never connected
-    private TimeSpan _duration;
     private CloseReason? _reason;
 
     internal long StartedAt { get; } = Stopwatch.GetTimestamp();
@@ -8098,16 +8178,53 @@ internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, 
     internal long BytesDown { get; set; }
 
     internal EndPoint? Address => _server;
-    internal TimeSpan Duration => _duration;
+    internal TimeSpan Duration { get; private set; }
     internal TimeSpan Age => Stopwatch.GetElapsedTime(StartedAt);
+
+    /// <summary>What those leave who only look whether somebody answers.</summary>
+    internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
+
+    protected override string Name => _reason is null ? "connection-long" : base.Name;
+    protected long ConnectTime { get; private set; } = -1; // ms; -1 = never connected
+    protected string End => _reason?.Code ?? ""; // not yet
+
+    // ---- what HAProxy's line alone wants to know
+
+    /// <summary>It waits for room, as the <paramref name="place"/>th.</summary>
+    internal virtual void Queued(int place)
+    {
+    }
+
+    internal virtual void Dequeued()
+    {
+    }
+
+    /// <summary>From here on a server is looked for.</summary>
+    internal virtual void Choosing()
+    {
+    }
+
+    internal virtual void Tried(ServerStats server)
+    {
+    }
+
+    // ----
 
     internal void Connected(EndPoint? address, ServerStats? server)
     {
         (_server, ServerStats) = (address, server);
-        _connectTime = (long)Stopwatch.GetElapsedTime(StartedAt).TotalMilliseconds;
+        ConnectTime = (long)Age.TotalMilliseconds;
     }
 
-    internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
+    internal void Ended(CloseReason reason) => (_reason, Duration) = (reason, Age);
+
+    /// <summary>What there is to say while it lasts.</summary>
+    internal ConnectionLine Early(long bytesUp, long bytesDown)
+    {
+        ConnectionLine early = (ConnectionLine)MemberwiseClone();
+        (early.BytesUp, early.BytesDown, early.Duration) = (bytesUp, bytesDown, Age);
+        return early;
+    }
 
     protected override void AddKeys(LogText text)
     {
@@ -8115,18 +8232,80 @@ internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, 
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
-        text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", (long)_duration.TotalMilliseconds);
+        text.Add("connect_ms", ConnectTime);
+        text.Add("duration_ms", (long)Duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _reason!.Code);
-        text.Add("reason", _reason.Words);
+        if (_reason is not null)
+        {
+            text.Add("end", _reason.Code);
+            text.Add("reason", _reason.Words);
+        }
     }
 }
 
-/// <summary>Lines as bytes: logfmt, or JSON with the same keys.</summary>
-internal sealed class LogText(bool isJson)
+/// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
+/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option logasap.</summary>
+internal sealed class HaproxyLine(RouteStats route, Func<int> count) : ConnectionLine(route)
 {
+    private readonly DateTime _acceptedAt = DateTime.UtcNow;
+    private ServerStats? _server; // the last that was tried
+    private int _tries;
+    private int _place; // in the lines it stood in
+    private long _queuedAt; // ms after the accept
+    private long _waited = -1; // ms; -1 = it has come to no line
+    private long _otherwise; // ms of what was before, but for that
+    private string _counts = "";
+
+    private long Now => (long)Age.TotalMilliseconds;
+
+    internal override void Queued(int place) => (_place, _queuedAt) = (_place + place, Now);
+
+    internal override void Dequeued() => _waited = Math.Max(_waited, 0) + Now - _queuedAt;
+
+    internal override void Choosing()
+    {
+        _waited = Math.Max(_waited, 0);
+        _otherwise = Now - _waited;
+    }
+
+    internal override void Tried(ServerStats server) => (_server, _tries) = (server, _tries + 1);
+
+    /// <summary>As HAProxy, one that ends counts itself in the process and the frontend, but not behind it any more. Another try
+    /// is one at another server, which is the plus.</summary>
+    internal override void Stamp()
+    {
+        base.Stamp();
+        _server = ServerStats ?? _server;
+        int others = Volatile.Read(ref RouteStats.Current);
+        _counts = $"{count()}/{others + (End.Length > 0 ? 1 : 0)}/{others}/{(_server is null ? 0 : Volatile.Read(ref _server.Active))}/"
+            + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}";
+    }
+
+    internal override void Format(LogText text)
+    {
+        string plus = End.Length > 0 ? "" : "+";
+        string time = Text.Of(TimeZoneInfo.ConvertTimeFromUtc(_acceptedAt, TimeZoneInfo.Local));
+        int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
+        text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
+        text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
+        text.AppendName(RouteStats.Title);
+        text.Append(" ");
+        text.AppendName(RouteStats.Title);
+        text.Append("/");
+        text.AppendName(_server?.Title ?? "<NOSRV>");
+        text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{(long)Duration.TotalMilliseconds} "
+            + $"{plus}{BytesDown} {(plus.Length > 0 ? "--" : End)} {_counts}\n");
+    }
+}
+
+/// <summary>Lines as bytes: logfmt, alone or in messages of RFC 5424, or JSON with the same keys.</summary>
+internal sealed class LogText(LogFormat format)
+{
+    private const int Daemon = 3; // the facility
+    private static readonly string Sender = $"{HostName(Environment.MachineName)} tcpproxy {Environment.ProcessId}";
+
+    private readonly bool _isJson = format == LogFormat.Json;
     private byte[] _bytes = new byte[1024];
     private int _length;
     private bool _isFirst;
@@ -8138,15 +8317,36 @@ internal sealed class LogText(bool isJson)
     internal void Begin()
     {
         _isFirst = true;
-        Append(isJson ? "{" : "");
+        Append(_isJson ? "{" : "");
     }
 
-    internal void End() => Append(isJson ? "}\n" : "\n");
+    /// <summary>A line, with what all of them have.</summary>
+    internal void Begin(DateTime time, LogLevel level, string name)
+    {
+        (string word, int severity) = level switch
+        {
+            LogLevel.Debug => ("debug", 7),
+            LogLevel.Info => ("info", 6),
+            LogLevel.Warn => ("warn", 4),
+            _ => ("error", 3),
+        };
+        Append(format == LogFormat.Syslog ? $"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - " : "");
+        Begin();
+        if (format != LogFormat.Syslog)
+        {
+            Add("time", Text.Of(time));
+            Add("level", word);
+        }
+
+        Add("event", name);
+    }
+
+    internal void End() => Append(_isJson ? "}\n" : "\n");
 
     internal void Add(string key, string value)
     {
         Key(key);
-        bool isPlain = !isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
+        bool isPlain = !_isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
             && value.AsSpan().IndexOfAny('"', '=', '\\') < 0;
         Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
     }
@@ -8195,11 +8395,23 @@ internal sealed class LogText(bool isJson)
 
     private void Key(string key)
     {
-        Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
+        Append(_isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
         Append(key);
-        Append(isJson ? "\":" : "=");
+        Append(_isJson ? "\":" : "=");
         _isFirst = false;
     }
+
+    /// <summary>A word of HAProxy's line, which has no quotes: what would part it is #XX.</summary>
+    internal void AppendName(string name)
+    {
+        foreach (byte b in Encoding.UTF8.GetBytes(name))
+        {
+            Append(b is > (byte)' ' and < 127 and not ((byte)'/' or (byte)'#') ? $"{(char)b}" : $"#{b:X2}");
+        }
+    }
+
+    private static string HostName(string name) =>
+        name.Length is > 0 and < 256 && name.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0 ? name : "-";
 
     internal void Append(ReadOnlySpan<byte> text)
     {
@@ -8234,31 +8446,26 @@ internal sealed class Log : IDisposable
     private readonly Queue<LogLine> _queue = []; // under itself, as all below it
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
+    private bool _isReopening;
     private long _dropped;
     private int _shown; // of ShownLength
     private long _missed; // bytes
-    private FileStream? _file; // owned; disposed by the writer; null = stderr
+    private FileStream? _file; // owned; the writer's, as the next three; null = stderr, or a socket
+    private Socket? _socket; // owned; null = not connected
+    private long _retryAt; // TickCount64
+    private long _unsent; // lines, since nobody has listened
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
 
-    internal long DroppedInAll { get; private set; } // lines
+    internal long DroppedInAll { get; private set; } // lines that nobody will ever read
 
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
     internal void Start()
     {
-        try
-        {
-            _file = _settings.File is not { } file || _settings.Format == LogFormat.Off ? null
-                : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"--log-file: cannot open {_settings.File}: {Text.Reason(e)}");
-        }
-
+        Open();
         _writer = new Thread(WriteAll, 128 << 10) { IsBackground = true, Name = "log" };
         _writer.Start();
     }
@@ -8290,7 +8497,33 @@ internal sealed class Log : IDisposable
     internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
         mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
 
-    internal void Ended(ConnectionLine line) => Write(line);
+    internal void Ended(ConnectionLine line)
+    {
+        if (!_settings.SkipsEmpty || !line.IsEmpty)
+        {
+            Write(line);
+        }
+    }
+
+    internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
+
+    /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
+    internal bool IsDue(long now, long startedAt)
+    {
+        long period = (long)_settings.Long.TotalMilliseconds;
+        long age = now - startedAt;
+        return period > 0 && age >= period && age / period > (Sweep.LastLook - startedAt) / period;
+    }
+
+    /// <summary>The file has been renamed, or the socket is another.</summary>
+    internal void Reopen()
+    {
+        lock (_queue)
+        {
+            (_isReopening, _isWaiting) = (true, false);
+            Monitor.Pulse(_queue);
+        }
+    }
 
     internal bool Has(LogLevel level) =>
         level >= _settings.Level && _settings.Format != LogFormat.Off && _writer is not null;
@@ -8330,14 +8563,14 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format == LogFormat.Json);
+        LogText text = new(_settings.Format);
         List<LogLine> lines = [];
         while (Take(lines))
         {
             bool isShown = false;
             foreach (LogLine line in lines)
             {
-                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0)
+                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0 || _settings.Socket is not null)
                 {
                     WriteOut(text, isShown);
                     isShown = line.Shown > 0;
@@ -8351,6 +8584,7 @@ internal sealed class Log : IDisposable
         }
 
         _file?.Dispose();
+        _socket?.Dispose();
     }
 
     /// <summary>Waits for lines and takes them; false when there are none and none will come.</summary>
@@ -8358,13 +8592,13 @@ internal sealed class Log : IDisposable
     {
         lock (_queue)
         {
-            while (_queue.Count == 0 && !_isStopping)
+            while (_queue.Count == 0 && !_isStopping && !_isReopening)
             {
                 _isWaiting = true;
                 Monitor.Wait(_queue);
             }
 
-            if (!_isStopping)
+            if (!_isStopping && !_isReopening)
             {
                 Monitor.Wait(_queue, Gather); // nobody pulses now but Stop
             }
@@ -8381,7 +8615,49 @@ internal sealed class Log : IDisposable
             }
 
             _shown = 0;
-            return lines.Count > 0;
+            if (!_isReopening)
+            {
+                return lines.Count > 0;
+            }
+
+            _isReopening = false;
+        }
+
+        try
+        {
+            Open();
+        }
+        catch (IOException e)
+        {
+            lines.Add(new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
+            lines[^1].Stamp();
+        }
+
+        return true;
+    }
+
+    /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
+    private void Open()
+    {
+        FileStream? before = _file;
+        _file = _settings.File is { } file && _settings.Format != LogFormat.Off ? AppendTo(file) : null;
+        before?.Dispose();
+        _socket?.Dispose();
+        (_socket, _retryAt) = (null, 0);
+    }
+
+    private static FileStream AppendTo(string file)
+    {
+        try
+        {
+            // not FileMode.Append, to which a file that is truncated meanwhile is an error
+            FileStream opened = new(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
+            _ = Libc.IsThere ? Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append) : 0;
+            return opened;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--log-file: cannot open {file}: {Text.Reason(e)}");
         }
     }
 
@@ -8389,15 +8665,19 @@ internal sealed class Log : IDisposable
     {
         try
         {
-            if (_file is null || isShown)
+            if (isShown || (_file is null && _settings.Socket is null))
             {
                 StandardStream.TryWrite(StandardStream.Error, text.Bytes);
+            }
+            else if (_file is null)
+            {
+                Send(_settings.Socket!, text.Bytes);
             }
             else
             {
                 if (_file.CanSeek)
                 {
-                    _file.Seek(0, SeekOrigin.End); // which is elsewhere once somebody has truncated it
+                    _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
                 }
 
                 _file.Write(text.Bytes);
@@ -8409,6 +8689,50 @@ internal sealed class Log : IDisposable
         }
 
         text.Clear();
+    }
+
+    /// <summary>One line. While nobody listens lines are lost, and each second it is tried again.</summary>
+    private void Send(string path, ReadOnlySpan<byte> line)
+    {
+        const int Pause = 1000; // ms
+        for (bool isOld = _socket is not null; !line.IsEmpty && (isOld || Environment.TickCount64 >= _retryAt); isOld = false)
+        {
+            try
+            {
+                _socket = isOld ? _socket : UnixSocket.Connect(path);
+                if (_unsent > 0)
+                {
+                    LogText words = new(_settings.Format);
+                    MessageLine lost = new(
+                        LogLevel.Warn, "log", null, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}");
+                    lost.Stamp();
+                    lost.Format(words);
+                    UnixSocket.Send(_socket!, words.Bytes);
+                    _unsent = 0;
+                }
+
+                UnixSocket.Send(_socket!, line);
+                return;
+            }
+            catch (SocketException) when (isOld)
+            {
+                _socket!.Dispose(); // who listened there may have been started anew
+            }
+            catch (SocketException e)
+            {
+                _socket?.Dispose();
+                (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
+                StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
+                    : Encoding.UTF8.GetBytes(Text.Escape($"tcpproxy: lines of the log are lost: cannot send them to {path}: "
+                        + (File.Exists(path) ? Text.Reason(e) : "no such file or directory")) + "\n"));
+            }
+        }
+
+        _unsent += line.IsEmpty ? 0 : 1;
+        lock (_queue)
+        {
+            DroppedInAll += line.IsEmpty ? 0 : 1;
+        }
     }
 }
 
@@ -8573,6 +8897,7 @@ internal sealed class EndCount(string code, string words)
 
 internal sealed class ServerStats(RouteStats route) : Counters
 {
+    internal int Active; // connections, at any moment; changed by Interlocked
     internal int Downs; // how often it went down
     internal long ConnectMicroseconds; // of all Connections together
 
@@ -8913,7 +9238,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
     private byte[] Answer(Visitor visitor)
     {
-        LogText body = new(isJson: true);
+        LogText body = new(LogFormat.Json);
         string type = "text/plain";
         string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
         string[] words = lines[0].Split(' ');
@@ -9663,6 +9988,9 @@ internal static class Sweep
     private static int _interval;
     private static long _stopAllAt = long.MaxValue;
 
+    /// <summary>When it looked before (TickCount64), for those at whom it looks.</summary>
+    internal static long LastLook { get; private set; }
+
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
         double least = Longest * 8;
@@ -9763,6 +10091,7 @@ internal static class Sweep
                 }
             }
 
+            LastLook = now;
             Array.Clear(seen, 0, count);
             rest.Look(isQuiet, now);
         }
@@ -9803,6 +10132,21 @@ internal sealed class Rest
             GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
             _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
+    }
+}
+
+/// <summary>USR1 and USR2, where there are any.</summary>
+internal static class Signals
+{
+    internal static PosixSignalRegistration? OfUser(int number, Action heed)
+    {
+        (int first, int step) = OperatingSystem.IsLinux() ? (10, 2) : (30, 1); // macOS and the BSDs
+        return OperatingSystem.IsWindows() ? null
+            : PosixSignalRegistration.Create((PosixSignal)(first + ((number - 1) * step)), context =>
+            {
+                context.Cancel = true; // the runtime would end the process
+                heed();
+            });
     }
 }
 
@@ -9979,6 +10323,31 @@ internal static class StandardStream
             return false;
         }
     }
+}
+
+/// <summary>One that takes lines: of messages, as syslog's, or a stream of them.</summary>
+internal static class UnixSocket
+{
+    internal static Socket Connect(string path)
+    {
+        Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+        try
+        {
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType)
+        {
+            socket.Dispose();
+            socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+    }
+
+    /// <summary>A message needs no newline.</summary>
+    internal static void Send(Socket socket, ReadOnlySpan<byte> line) =>
+        socket.Send(socket.SocketType == SocketType.Dgram ? line[..^1] : line);
 }
 
 internal static class SocketErrors
@@ -10491,6 +10860,8 @@ internal static partial class Libc
     internal const int Eagain = 11;
     internal const int GetDescriptorFlags = 1;
     internal const int SetDescriptorFlags = 2;
+    internal const int SetStatusFlags = 4;
+    internal const int Append = 0x400;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
@@ -10739,7 +11110,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
 
-    protected static string CheckPath(string path)
+    internal static string CheckPath(string path)
     {
         return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
@@ -10953,6 +11324,11 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>How long something has lasted, in the two units that matter.</summary>
+    internal static string Words(TimeSpan time) =>
+        time.TotalDays >= 1 ? $"{time.Days}d {time.Hours}h" : time.TotalHours >= 1 ? $"{time.Hours}h {time.Minutes}m"
+        : time.TotalMinutes >= 1 ? $"{time.Minutes}m {time.Seconds}s" : $"{time.Seconds}s";
 
     /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
     /// <exception cref="FormatException">there is no such moment</exception>
@@ -11201,6 +11577,7 @@ internal static class Text
     internal static string Escape(string text)
     {
         if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
+            && text.AsSpan().IndexOfAnyInRange('\u2028', '\u202e') < 0 && text.AsSpan().IndexOfAnyInRange('\u2066', '\u2069') < 0
             && text.AsSpan().IndexOfAny('"', '\\') < 0)
         {
             return text;
@@ -11215,7 +11592,7 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') =>
+                < ' ' or (>= '\u007f' and <= '\u009f') or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069') =>
                     escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
                 _ => escaped.Append(c),
             };

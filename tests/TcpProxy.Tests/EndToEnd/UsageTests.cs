@@ -164,7 +164,7 @@ public sealed class UsageTests : EndToEndTest
             "dump", "dump-limit", "record", "pcap", "pcap-rotate",
             "replace-up", "replace-down", "block-up", "block-down", "filter-up", "filter-down", "toxic", "seed",
             "log", "log-file", "stats", "control", "ctl",
-            "log-level", "config", "check-config", "reload-dry-run",
+            "log-level", "log-long", "log-skip-empty", "config", "check-config", "reload-dry-run",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
