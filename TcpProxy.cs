@@ -5530,12 +5530,12 @@ internal sealed class CaptureTap : Tap
         (words[5], words[6], words[^2], words[^1]) = ((uint)length, (uint)length, 0, (uint)block.Length);
         Span<byte> packet = block.Slice(BlockHead, length);
         _head.CopyTo(packet);
-        bytes.CopyTo(packet[_head.Length..]);
+        ulong sum = _sum + InternetChecksum.Copy(bytes, packet[_head.Length..]);
         Span<byte> segment = packet[_ip..];
         BinaryPrimitives.WriteUInt32BigEndian(segment[4..], _sequence);
         BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? _peer._sequence : 0);
         (segment[12], segment[13]) = ((byte)((isSyn ? TcpHead + bytes.Length : TcpHead) << 2), (byte)flags);
-        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment, _sum + InternetChecksum.Number(segment.Length)));
+        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment[..TcpHead], sum + InternetChecksum.Number(segment.Length)));
         if (packet[0] == 0x45)
         {
             BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)length);
@@ -5581,16 +5581,8 @@ internal static class InternetChecksum
     /// <summary>Of words of 32 bits, which fold into words of 16.</summary>
     internal static ulong Sum(ReadOnlySpan<byte> bytes)
     {
-        ReadOnlySpan<Vector<uint>> vectors = MemoryMarshal.Cast<byte, Vector<uint>>(bytes);
-        Vector<ulong> sums = Vector<ulong>.Zero;
-        foreach (Vector<uint> words in vectors)
-        {
-            Vector.Widen(words, out Vector<ulong> low, out Vector<ulong> high);
-            sums += low + high;
-        }
-
-        ulong sum = Vector.Sum(sums);
-        for (bytes = bytes[(vectors.Length * Vector<byte>.Count)..]; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
+        ulong sum = 0;
+        for (; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
         {
             uint word = 0;
             bytes[..Math.Min(4, bytes.Length)].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref word)));
@@ -5598,6 +5590,27 @@ internal static class InternetChecksum
         }
 
         return sum;
+    }
+
+    /// <summary>The same, copied on the way: at most 1 MB, of which no word of 32 bits can overflow with halves of words.</summary>
+    internal static ulong Copy(ReadOnlySpan<byte> from, Span<byte> to)
+    {
+        ReadOnlySpan<Vector<uint>> source = MemoryMarshal.Cast<byte, Vector<uint>>(from);
+        Span<Vector<uint>> target = MemoryMarshal.Cast<byte, Vector<uint>>(to)[..source.Length];
+        (Vector<uint> low, Vector<uint> high) = (Vector<uint>.Zero, Vector<uint>.Zero);
+        for (int i = 0; i < source.Length; i++)
+        {
+            Vector<uint> words = source[i];
+            target[i] = words;
+            low += words & new Vector<uint>(ushort.MaxValue);
+            high += words >>> 16;
+        }
+
+        Vector.Widen(low, out Vector<ulong> one, out Vector<ulong> two);
+        Vector.Widen(high, out Vector<ulong> three, out Vector<ulong> four);
+        int done = source.Length * Vector<byte>.Count;
+        from[done..].CopyTo(to[done..]);
+        return Vector.Sum(one + two + three + four) + Sum(from[done..]);
     }
 
     /// <summary>A number of 16 bits as it stands in a packet.</summary>
