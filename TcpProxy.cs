@@ -6793,7 +6793,7 @@ internal sealed class FirstBytes : IDisposable
         }
     }
 
-    internal byte[] Copy(int length) => _buffer.AsSpan(_start, length).ToArray();
+    internal byte[] Copy(int length) => length == 0 ? [] : _buffer.AsSpan(_start, length).ToArray(); // there may be no buffer yet
 
     /// <summary>Null when all that was asked for has come.</summary>
     internal async Task<CloseReason?> ReadAsync(Socket client, bool isHeader, bool isHello, TimeSpan time)
