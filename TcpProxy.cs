@@ -8178,48 +8178,37 @@ internal static partial class Libc
     }
 
     [LibraryImport("libc", EntryPoint = "getrlimit")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int GetLimit(int resource, out Limit limit);
 
     [LibraryImport("libc", EntryPoint = "setrlimit")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int SetLimit(int resource, in Limit limit);
 
     [LibraryImport("libc", EntryPoint = "write", SetLastError = true)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Write(int descriptor, in byte bytes, nuint count);
 
     [LibraryImport("libc", EntryPoint = "isatty")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int IsTerminal(int descriptor);
 
     [LibraryImport("libc", EntryPoint = "poll")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Poll(ref PollDescriptor descriptor, nuint count, int timeout);
 
     [LibraryImport("libc", EntryPoint = "fcntl")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Fcntl(int descriptor, int command, nint argument = 0);
 
     [LibraryImport("libc", EntryPoint = "socketpair")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int OpenSocketPair(int family, int type, int protocol, ref int ends);
 
     [LibraryImport("libc", EntryPoint = "pipe2")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int OpenPipe(ref int ends, int flags);
 
     [LibraryImport("libc", EntryPoint = "splice", SetLastError = true)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Splice(
         SafeHandle from, nint fromOffset, SafeHandle to, nint toOffset, nuint length, uint flags);
 
     [LibraryImport("libc", EntryPoint = "read")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Read(SafeHandle descriptor, ref byte bytes, nuint count);
 
     [LibraryImport("libc", EntryPoint = "ioctl")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Ioctl(int descriptor, nuint request, ref int value);
 
     /// <summary>In a process group of its own, with all signals at their defaults (SIGPIPE is ignored here) and none blocked. The

@@ -30,7 +30,7 @@ def conversation():
         text += os.read(terminal, 65536)
     os.kill(pid, signal.SIGTERM)
     os.waitpid(pid, 0)
-    return text.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
+    return text.decode().replace("\r\n", "\n").removesuffix("\x1b[m").rstrip("\n").split("\n")
 
 
 def picture(lines):
