@@ -6015,26 +6015,304 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
     protected override void AddKeys(LogText text) => throw new UnreachableException();
 }
 
-// ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03). The option's
-// own thread writes for all connections. What waits for it is bounded, and a pump waits for room as for a slow target. A disk
-// that is full, or does nothing for 5 s, ends the recording there, without a hole, and never the connection.
+// ---- spool: how record and pcap write. No event loop may wait for a file (rule 6), so an option has one thread for all of its:
+//
+//     Tap  --- RoomAsync, Add --->  Spool  ------>  SpoolFile
+//
+// What waits for it is bounded, and a pump waits for room as for a slow target. A disk that is full, or does nothing for 5 s,
+// ends what was being written: there, without a hole, and never the connection.
 
-#pragma warning disable CA1001 // it lives as long as the process
-internal sealed class RecordSettings(string folder) : TapSettings
-#pragma warning restore CA1001
+/// <summary>A file that the spool's thread opens with the first of its bytes, and closes; stdout where there is none to
+/// <paramref name="open"/>. <paramref name="say"/> tells why there is no more of it: null when the disk does nothing.</summary>
+internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
 {
-    private const int Chunks = 256; // that wait to be written
-    private const int Largest = 64 << 10; // bytes of a chunk
-    private const int Patience = 5000; // ms for one chunk
+    private const int Ahead = 4 << 20; // bytes that a large file reserves, which makes it cheaper to write them
 
-    private readonly string _folder = folder;
-    private readonly SemaphoreSlim _room = new(Chunks);
-    private readonly BlockingCollection<Action?> _due = []; // null is the last
-    private Log? _log;
+    private readonly int _slice = open is null ? 64 << 10 : 256 << 10;
+    private FileStream? _stream; // owned; disposed by Close
+    private long _written;
+    private long _reserved;
+
+    /// <summary>Nothing more is added; nor written, if that has failed.</summary>
+    internal bool IsOver { get; private set; }
+    internal bool HasFailed { get; private set; }
+
+    /// <summary>How much of a file is worth keeping when its last write has failed halfway; null = all.</summary>
+    internal Func<FileStream, long>? Whole { get; init; }
+
+    /// <summary>Bytes to the next multiple of it in the file: to write from one to the next takes half the time.</summary>
+    internal int LeftOfSlice => _slice - (int)(_written % _slice);
+
+    internal void GiveUp(string? reason, bool isSaid)
+    {
+        IsOver = true;
+        if (!isSaid)
+        {
+            say(reason);
+        }
+    }
+
+    internal void Open() => _stream ??= open?.Invoke();
+
+    /// <summary>Null when it is done, else why it never will be.</summary>
+    internal string? Write(ReadOnlySpan<byte> bytes)
+    {
+        try
+        {
+            Open();
+            if (_stream is { CanSeek: true } && _written >= Ahead && _written + bytes.Length > _reserved)
+            {
+                _reserved = _written + Ahead;
+                Libc.Reserve(_stream.SafeFileHandle, _written, Ahead);
+            }
+
+            _stream?.Write(bytes);
+            HasFailed = _stream is null && !StandardStream.TryWrite(StandardStream.Output, bytes);
+            _written += bytes.Length;
+            return HasFailed ? "nobody reads it" : null;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            HasFailed = true;
+            Close();
+            return Text.Reason(e);
+        }
+    }
+
+    internal void Close()
+    {
+        if (_stream is { CanSeek: true } && (HasFailed || _reserved > 0))
+        {
+            _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length); // gives back what is reserved
+        }
+
+        _stream?.Dispose();
+        _stream = null;
+    }
+}
+
+/// <summary>The bytes that wait to be written, of all files of an option, in the order in which they came.</summary>
+internal sealed class Spool(string name)
+{
+    private const int Size = 4 << 20; // bytes
+    private const int Most = 3 << 20; // of them for those who can wait
+    private const int Enough = 1 << 20; // that the writer wakes for before their time
+    private const int Gather = 10; // ms: their time
+    private const int Look = 1000; // ms between two looks at whether it gets on
+    private const int Patience = 5; // looks
+
+    private readonly byte[] _ring = GC.AllocateUninitializedArray<byte>(Size);
+    private readonly Queue<Piece> _pieces = []; // under the gate, as all below
+    private readonly Queue<(int Length, TaskCompletionSource<bool> Turn)> _waiting = [];
+    private Piece? _last; // of the pieces
+    private int _end; // of it in the ring
+    private int _used; // bytes of the ring
+    private int _promised; // bytes for those whose turn has come
+    private int _looks; // in a row that have seen one and the same write
+    private bool _isWriting;
+    private bool _isClosing;
+    private bool _isFailing; // which has been said, until something is written
+
+    private Timer? _timer; // owned, until the process ends
     private Thread? _writer;
-    private volatile int _written; // chunks
-    private volatile int _isFailing; // 1: which has been said, until a chunk is written
-    private int _number = 1; // of the last file whose name was taken
+
+    /// <summary>Held while what Add has returned is filled.</summary>
+    internal object Gate => _pieces;
+
+    internal void Open()
+    {
+        if (_writer is null) // several routes may have an option in common
+        {
+            _timer = new Timer(_ => LookAtWriter(), null, Look, Look);
+            _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = name };
+            _writer.Start();
+        }
+    }
+
+    /// <summary>Waits for what is still to be written, as long as the writer gets on.</summary>
+    internal void Close()
+    {
+        lock (Gate)
+        {
+            _isClosing = true;
+            Monitor.Pulse(Gate);
+        }
+
+        while (_writer?.Join(Look) == false && Volatile.Read(ref _looks) < Patience)
+        {
+            // it gets on
+        }
+    }
+
+    /// <summary>Waits for room, in turn; it is to be used at once. False where there will be none.</summary>
+    internal async ValueTask<bool> RoomAsync(int length)
+    {
+        TaskCompletionSource<bool> turn = null!;
+        lock (Gate)
+        {
+            bool isFree = _waiting.Count == 0 && _used + _promised + length <= Most;
+            _promised += isFree ? length : 0;
+            if (isFree || _isClosing || _looks >= Patience)
+            {
+                return isFree;
+            }
+
+            _waiting.Enqueue((length, turn = new TaskCompletionSource<bool>()));
+        }
+
+        Bell? home = Bell.OfLoop();
+        bool isGiven = await turn.Task; // which goes on in the writer's thread
+        await EventLoop.TurnAsync(home);
+        return isGiven;
+    }
+
+    /// <summary>A place for the next bytes of a file; an empty one if there is none.</summary>
+    internal Span<byte> Add(SpoolFile file, int length, bool isPromised = false, bool isLast = false)
+    {
+        _promised -= isPromised ? length : 0;
+        bool isOver = Size - _end < length; // the end of the ring
+        int skipped = isOver ? Size - _end : 0;
+        if (_used + skipped + length > Size)
+        {
+            return default;
+        }
+
+        _end = isOver ? 0 : _end;
+        if (_last?.File != file || isOver)
+        {
+            _pieces.Enqueue(_last = new Piece { File = file, Start = _end, Skipped = skipped });
+        }
+
+        bool isFirst = _used == 0;
+        bool hadEnough = _used >= Enough;
+        _last.Length += length;
+        _last.IsLast = isLast;
+        _end += length;
+        _used += skipped + length;
+        if (isFirst || isLast || (!hadEnough && _used >= Enough))
+        {
+            Monitor.Pulse(Gate);
+        }
+
+        return _ring.AsSpan(_end - length, length);
+    }
+
+    /// <summary>No more is added to it.</summary>
+    internal void End(SpoolFile file)
+    {
+        lock (Gate)
+        {
+            Add(file, 0, isLast: true);
+        }
+    }
+
+    /// <summary>What is added to it from now on is lost. Said once for all files, until one can be written to again.</summary>
+    internal void GiveUp(SpoolFile file, string? reason) => file.GiveUp(reason, Interlocked.Exchange(ref _isFailing, true));
+
+    private void LookAtWriter()
+    {
+        lock (Gate)
+        {
+            _looks = _isWriting ? _looks + 1 : 0;
+            while (_looks >= Patience && _waiting.TryDequeue(out (int, TaskCompletionSource<bool> Turn) one))
+            {
+                one.Turn.SetResult(false);
+            }
+        }
+    }
+
+    // ---- the writer
+
+    private void Run()
+    {
+        while (Take(out int length) is { } piece)
+        {
+            SpoolFile file = piece.File;
+            if (length > 0 && !file.HasFailed && file.Write(_ring.AsSpan(piece.Start, length)) is { } failure)
+            {
+                GiveUp(file, failure);
+            }
+
+            if (Free(piece, length))
+            {
+                file.Close();
+            }
+        }
+    }
+
+    /// <summary>The first piece, when there is a slice of it or it has waited for its time. Null at the end.</summary>
+    private Piece? Take(out int length)
+    {
+        lock (Gate)
+        {
+            while (true)
+            {
+                long wait = Timeout.Infinite;
+                _pieces.TryPeek(out Piece? piece);
+                length = Math.Min(piece?.Length ?? 0, piece?.File.LeftOfSlice ?? 0);
+                if (piece is not null)
+                {
+                    wait = piece.Time + Gather - Environment.TickCount64;
+                    _isWriting = wait <= 0 || _used >= Enough || length == piece.File.LeftOfSlice;
+                }
+
+                if (_isWriting || _isClosing)
+                {
+                    return piece;
+                }
+
+                Monitor.Wait(Gate, (int)wait);
+            }
+        }
+    }
+
+    /// <summary>True when those were the last bytes of their file.</summary>
+    private bool Free(Piece piece, int length)
+    {
+        lock (Gate)
+        {
+            (_isWriting, _looks, _isFailing) = (false, 0, _isFailing && (length == 0 || piece.File.HasFailed));
+            _used -= piece.Skipped + length;
+            (piece.Start, piece.Length, piece.Skipped, piece.Time) = (piece.Start + length, piece.Length - length, 0, Environment.TickCount64);
+            if (piece.Length == 0)
+            {
+                _pieces.Dequeue();
+                _last = _last == piece ? null : _last;
+            }
+
+            _end = _used == 0 ? 0 : _end; // what is not used often stays in the processor's cache
+            while (_waiting.TryPeek(out (int Length, TaskCompletionSource<bool> Turn) next)
+                && _used + _promised + next.Length <= Most)
+            {
+                _waiting.Dequeue();
+                _promised += next.Length;
+                next.Turn.SetResult(true);
+            }
+
+            return piece.Length == 0 && piece.IsLast;
+        }
+    }
+
+    /// <summary>Bytes of one file that stand in one place.</summary>
+    private sealed class Piece
+    {
+        internal SpoolFile File { get; init; } = null!;
+        internal int Start { get; set; }
+        internal int Length { get; set; }
+        internal int Skipped { get; set; } // before it, at the end of the ring
+        internal bool IsLast { get; set; } // of its file
+        internal long Time { get; set; } = Environment.TickCount64;
+    }
+}
+
+// ---- record: what each side sends, in a file of its own, named as by the fourth variation of the original (v03)
+
+internal sealed class RecordSettings(string folder) : TapSettings
+{
+    private readonly string _folder = folder;
+    private readonly Spool _spool = new("record");
+    private Log? _log;
+    private int _number = 1; // of the last file whose name was taken; the writer's
 
     internal override void Open(Log log)
     {
@@ -6049,102 +6327,68 @@ internal sealed class RecordSettings(string folder) : TapSettings
         }
 
         _log = log;
-        if (_writer is null) // several routes may have this option in common
-        {
-            _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = "record" };
-            _writer.Start();
-        }
+        _spool.Open();
     }
 
-    internal override void Close()
-    {
-        _due.Add(null);
-        _writer?.Join(Patience);
-    }
+    internal override void Close() => _spool.Close();
 
     internal override bool Is(TapSettings other) => other is RecordSettings record && record._folder == _folder;
 
     internal override void AddTo(Conversation conversation)
     {
-        Recording recording = new(conversation);
-        conversation.LineOf(isUp: true).Add(new RecordTap(this, recording, 0));
-        conversation.LineOf(isUp: false).Add(new RecordTap(this, recording, 1));
+        Recording recording = new(this, conversation);
+        conversation.LineOf(isUp: true).Add(new RecordTap(_spool, recording, isUp: true));
+        conversation.LineOf(isUp: false).Add(new RecordTap(_spool, recording, isUp: false));
     }
 
-    internal async ValueTask WriteAsync(Recording recording, int side, ReadOnlyMemory<byte> bytes)
+    /// <summary>One whose ds file is not there. Numbers only grow: of many in one second, none searches long for its own.</summary>
+    internal string FreeName(string name)
     {
-        while (bytes.Length > 0 && !recording.IsOver)
+        string free = name;
+        while (File.Exists(PathOf("ds", free)))
         {
-            for (int seen = _written; !await _room.WaitAsync(_isFailing == 0 ? Patience : 0, recording.Ending); seen = _written)
-            {
-                if (_isFailing != 0 || seen == _written)
-                {
-                    GiveUp(recording, $"{_folder} does not answer");
-                    return;
-                }
-            }
-
-            int length = Math.Min(Largest, bytes.Length);
-            byte[] copy = ArrayPool<byte>.Shared.Rent(length); // rule 2: the writer's
-            bytes[..length].Span.CopyTo(copy);
-            bytes = bytes[length..];
-            _due.Add(() => Write(recording, side, copy, length));
+            free = $"{name}_{Text.Of(++_number)}";
         }
+
+        return free;
     }
 
-    internal void End(Recording recording) => _due.Add(recording.Close);
+    internal string PathOf(string side, string name) => Path.Combine(_folder, $"{side}_{name}.log");
 
-    private void GiveUp(Recording recording, string reason)
+    internal void Say(Conversation about, string? reason) => _log!.Event(LogLevel.Warn, "record",
+        $"{Text.Of(about.Client)} is not recorded any more: {reason ?? $"{_folder} does not answer"}", about.RouteTitle);
+}
+
+/// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
+internal sealed class Recording
+{
+    private readonly RecordSettings _settings;
+    private readonly Conversation _about;
+    private string _name;
+    private bool _isNamed;
+
+    internal Recording(RecordSettings settings, Conversation about)
     {
-        recording.IsOver = true;
-        if (Interlocked.Exchange(ref _isFailing, 1) == 0)
-        {
-            string what = $"{Text.Of(recording.Conversation.Client)} is not recorded any more: {reason}";
-            _log!.Event(LogLevel.Warn, "record", what, recording.Conversation.RouteTitle);
-        }
+        (_settings, _about) = (settings, about);
+        string address = about.Client is not IPEndPoint { Address: var ip } ? "unix" // no path, which anybody may choose, and no zone
+            : (ip.IsIPv4MappedToIPv6 ? ip.MapToIPv4() : new IPAddress(ip.GetAddressBytes())).ToString().Replace(':', '-');
+        _name = $"{address}_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
+        (Down, Up) = (new SpoolFile(() => Create("ds"), Say), new SpoolFile(() => Create("us"), Say));
     }
 
-    private void Run()
+    internal SpoolFile Down { get; }
+    internal SpoolFile Up { get; }
+    internal bool IsOver => Down.IsOver || Up.IsOver;
+
+    private void Say(string? reason) => _settings.Say(_about, reason);
+
+    /// <summary>Never over a file that is there. With the first of them comes the other, empty.</summary>
+    private FileStream Create(string side)
     {
-        while (_due.Take() is { } action)
+        if (!_isNamed)
         {
-            action();
-        }
-    }
-
-    private void Write(Recording recording, int side, byte[] chunk, int length)
-    {
-        try
-        {
-            if (recording.Files.Length == 0 && !recording.IsOver)
-            {
-                Create(recording);
-            }
-
-            if (recording.Files.Length > 0)
-            {
-                recording.Files[side].Write(chunk, 0, length);
-                _isFailing = 0;
-            }
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            recording.Close();
-            GiveUp(recording, Text.Reason(e));
-        }
-
-        ArrayPool<byte>.Shared.Return(chunk);
-        _written++;
-        _room.Release();
-    }
-
-    /// <summary>Never over a file that is there. Numbers only grow: of many in one second, none searches long for its own.</summary>
-    private void Create(Recording recording)
-    {
-        string name = recording.Name;
-        while (File.Exists(Path.Combine(_folder, $"ds_{name}.log")))
-        {
-            name = $"{recording.Name}_{Text.Of(++_number)}";
+            (_name, _isNamed) = (_settings.FreeName(_name), true);
+            (side == "ds" ? Up : Down).Open();
         }
 
         FileStreamOptions options = new() { Mode = FileMode.CreateNew, Access = FileAccess.Write, BufferSize = 0 };
@@ -6153,40 +6397,45 @@ internal sealed class RecordSettings(string folder) : TapSettings
             options.UnixCreateMode = UnixFileMode.UserRead | UnixFileMode.UserWrite;
         }
 
-        recording.Files = [new FileStream(Path.Combine(_folder, $"ds_{name}.log"), options)];
-        recording.Files = [.. recording.Files, new FileStream(Path.Combine(_folder, $"us_{name}.log"), options)];
+        return new FileStream(_settings.PathOf(side, _name), options);
     }
 }
 
-/// <summary>A connection, and from its first byte on its files: what came from downstream, and from upstream.</summary>
-internal sealed class Recording(Conversation conversation)
+internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : Tap
 {
-    internal Conversation Conversation { get; } = conversation;
+    private const int Most = 64 << 10; // bytes of a piece
 
-    /// <summary>IP_TIME: no path of a unix socket, which anybody may choose, and no zone.</summary>
-    internal string Name { get; } = (conversation.Client is not IPEndPoint { Address: var address } ? "unix"
-        : (address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes())).ToString().Replace(':', '-'))
-        + $"_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
-    internal CancellationToken Ending { get; } = conversation.LineOf(isUp: true).Ending;
-    internal FileStream[] Files { get; set; } = []; // owned; disposed by Close; the writer's
-    internal bool IsOver { get; set; } // nothing more is added
-
-    internal void Close()
-    {
-        Array.ForEach(Files, file => file.Dispose());
-        (Files, IsOver) = ([], true);
-    }
-}
-
-internal sealed class RecordTap(RecordSettings recorder, Recording recording, int side) : Tap
-{
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        await recorder.WriteAsync(recording, side, bytes);
+        SpoolFile file = isUp ? recording.Down : recording.Up;
+        for (int i = 0, length; i < bytes.Length && !recording.IsOver; i += length)
+        {
+            length = Math.Min(Most, bytes.Length - i);
+            if (!await spool.RoomAsync(length) || !TryAdd(file, bytes.Span.Slice(i, length)))
+            {
+                spool.GiveUp(file, null);
+            }
+        }
+
         await Next.WriteAsync(bytes);
     }
 
-    internal override void End(bool isOrderly) => recorder.End(recording); // twice, or once: discard sends nothing
+    internal override void End(bool isOrderly)
+    {
+        if (isUp)
+        {
+            spool.End(recording.Down);
+            spool.End(recording.Up);
+        }
+    }
+
+    private bool TryAdd(SpoolFile file, ReadOnlySpan<byte> bytes)
+    {
+        lock (spool.Gate)
+        {
+            return bytes.TryCopyTo(spool.Add(file, bytes.Length, isPromised: true));
+        }
+    }
 }
 
 // ---- pcap
@@ -6219,81 +6468,57 @@ internal sealed class CaptureSettings
     }
 }
 
-/// <summary>One file, or stdout. Packets go into one of two buffers while a thread writes the other. When it is full, pumps
-/// wait; when nothing gets written for 5 s, or cannot be, the capture is over, and connections go on without it: nothing is
-/// ever left out of the middle.</summary>
+/// <summary>One file and those that it rotates to, or stdout. Nothing is ever left out of the middle.</summary>
 internal sealed class Capture(string file, CaptureSettings settings) : TapSettings
 {
     internal const string Stdout = "-";
 
-    private const int Size = 1 << 20; // bytes of a buffer
-    private const int LargestSize = 8 * Size; // grown for the beginnings and ends of connections, which cannot wait
-    private const int Slice = 64 << 10; // bytes written at once
-    private const int Gather = 10; // ms: the writer wakes once for what comes within this time
-    private const int Look = 1000; // ms between two looks at whether it gets on
-    private const int Patience = 5; // looks
+    private const int MarkEvery = 1 << 20; // bytes
 
-    private readonly object _gate = new();
-    private byte[] _buffer = new byte[Size]; // under the gate, as the next six
-    private int _length; // of what is in it
-    private TaskCompletionSource? _room; // completed when it is empty again
-    private bool _isOver = true; // until it is open
+    private readonly Spool _spool = new("pcap");
+    private readonly List<long> _marks = []; // in the file: where a block begins; under the gate, as the next five
+    private SpoolFile? _file;
+    private long _size; // of it
+    private int _files;
     private long _time; // of the last packet, in nanoseconds since 1970
     private int _standIns;
-    private int _stalls; // looks in a row that saw nothing written
-
     private Log? _log;
-    private Timer? _timer; // owned, until the process ends
-    private Thread? _writer;
-    private FileStream? _file; // owned; the writer's, as the next two; null = stdout
-    private long _size; // of it, in whole blocks
-    private int _files;
-    private long _written; // bytes
-    private bool _isWriting;
 
     internal string File { get; } = file;
+    internal bool IsOver => _file is not { IsOver: false };
 
     internal override void Open(Log log)
     {
-        if (_writer is not null)
+        if (_file is not null)
         {
             return; // another route was first
         }
 
+        _log = log;
+        lock (_spool.Gate)
+        {
+            Begin(File);
+        }
+
         try
         {
-            _file = File == Stdout ? null : Create(File);
+            _file!.Open();
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
             throw new IOException($"--pcap: cannot open {File}: {Text.Reason(e)}");
         }
 
-        (_log, _isOver, _writer) = (log, false, new Thread(Run, 128 << 10) { IsBackground = true, Name = "pcap" });
-        _writer.Start();
-        long seen = 0;
-        _timer = new Timer(_ =>
-        {
-            _stalls = Volatile.Read(ref _isWriting) && Volatile.Read(ref _written) == seen ? _stalls + 1 : 0;
-            seen = Volatile.Read(ref _written);
-            if (_stalls == Patience)
-            {
-                Fail(File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
-            }
-        }, null, Look, Look);
+        _spool.Open();
     }
 
     internal override void Close()
     {
-        lock (_gate)
+        if (_file is not null)
         {
-            _isOver = true;
-            Monitor.Pulse(_gate);
-        }
-
-        while (_writer?.Join(Look) == false && Volatile.Read(ref _stalls) < Patience)
-        {
-            // it gets on
+            _spool.End(_file);
+            _file.GiveUp(null, isSaid: true);
+            _spool.Close();
         }
     }
 
@@ -6301,188 +6526,87 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     internal override void AddTo(Conversation conversation)
     {
-        if (!Volatile.Read(ref _isOver))
+        if (!IsOver)
         {
             CaptureTap.AddTo(conversation, this, Interlocked.Increment(ref _standIns));
         }
     }
 
-    /// <summary>A packet from one side of a connection. False when there is no room for it just now; what
-    /// <paramref name="mustFit"/> ends the capture instead. An acknowledgement of nothing new is left out.</summary>
-    internal bool TryAdd(CaptureTap from, int flags, ReadOnlySpan<byte> bytes = default, bool mustFit = false)
+    /// <summary>Waits for room for packets of so many bytes together.</summary>
+    internal async ValueTask RoomAsync(int length)
     {
-        lock (_gate)
+        if (!await _spool.RoomAsync(length))
         {
-            int end = _length + from.BlockLength(bytes.Length);
-            if (_isOver || (flags == CaptureTap.Ack && bytes.Length == 0 && !from.HasNews))
+            _spool.GiveUp(_file!, File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
+        }
+    }
+
+    /// <summary>A packet from one side of a connection. An acknowledgement of nothing new is left out.</summary>
+    internal void Add(CaptureTap from, int flags, ReadOnlySpan<byte> bytes = default, bool isPromised = false)
+    {
+        lock (_spool.Gate)
+        {
+            if (IsOver || (flags == CaptureTap.Ack && bytes.Length == 0 && !from.HasNews))
             {
-                return true;
+                return;
             }
 
-            if (!mustFit && end > Size)
+            int length = from.BlockLength(bytes.Length);
+            if (settings.Rotate > 0 && File != Stdout && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length)
             {
-                return false;
+                _spool.End(_file!);
+                Begin($"{File}{Text.Of(++_files)}");
             }
 
-            if (end > LargestSize)
+            Span<byte> block = _spool.Add(_file!, length, isPromised);
+            if (block.IsEmpty)
             {
-                Fail("it is written too slowly");
-                return true;
-            }
-
-            if (end > _buffer.Length)
-            {
-                Array.Resize(ref _buffer, 2 * _buffer.Length);
+                _spool.GiveUp(_file!, "it is written too slowly");
+                return;
             }
 
             _time = Math.Max(_time, (DateTime.UtcNow - DateTime.UnixEpoch).Ticks * TimeSpan.NanosecondsPerTick);
-            from.Write(_buffer.AsSpan(_length, end - _length), _time, flags, bytes);
-            if (_length == 0)
+            from.Write(block, _time, flags, bytes);
+            if (_size >= (_marks.Count + 1L) * MarkEvery)
             {
-                Monitor.Pulse(_gate);
+                _marks.Add(_size);
             }
 
-            _length = end;
-            return true;
+            _size += length;
         }
     }
 
-    /// <summary>Until there is room, or the capture is over.</summary>
-    internal Task RoomAsync()
+    private void Begin(string path)
     {
-        lock (_gate)
-        {
-            if (_isOver || _length == 0)
-            {
-                return Task.CompletedTask;
-            }
-
-            Monitor.Pulse(_gate);
-            return (_room ??= new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously)).Task;
-        }
+        _marks.Clear();
+        _file = new SpoolFile(File == Stdout ? null : () => Create(path), Say) { Whole = WholeBlocks };
+        _size = CaptureTap.FileHead().Length;
+        CaptureTap.FileHead().CopyTo(_spool.Add(_file, (int)_size));
     }
 
-    private void Fail(string reason)
+    private void Say(string? reason) => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}");
+
+    private static FileStream Create(string file) =>
+        new(file, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0);
+
+    /// <summary>On a full disk, what is there stays legible.</summary>
+    private long WholeBlocks(FileStream stream)
     {
-        lock (_gate)
+        long whole = 0;
+        lock (_spool.Gate)
         {
-            if (!_isOver)
-            {
-                _isOver = true;
-                _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}");
-            }
-
-            _room?.TrySetResult();
-            Monitor.Pulse(_gate);
-        }
-    }
-
-    // ---- the writer of a capture
-
-    private void Run()
-    {
-        byte[] bytes = new byte[Size];
-        try
-        {
-            Put(CaptureTap.FileHead());
-            while (Take(ref bytes) is int length and > 0)
-            {
-                Write(bytes.AsSpan(0, length));
-            }
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            Fail(Text.Reason(e));
+            whole = _marks.FindLast(mark => mark <= stream.Length);
         }
 
-        _file?.Dispose();
-    }
-
-    /// <summary>Changes the buffers some time after the first packet, or when there is no room for one. 0 at the end.</summary>
-    private int Take(ref byte[] empty)
-    {
-        lock (_gate)
-        {
-            while (_length == 0 && !_isOver)
-            {
-                Monitor.Wait(_gate);
-            }
-
-            if (_room is null && !_isOver)
-            {
-                Monitor.Wait(_gate, Gather);
-            }
-
-            int length = _length;
-            (_buffer, empty, _length) = (empty, _buffer, 0);
-            _room?.TrySetResult();
-            _room = null;
-            return length;
-        }
-    }
-
-    /// <summary>As many blocks to a file as it may have, but one at least; the others to the next.</summary>
-    private void Write(ReadOnlySpan<byte> blocks)
-    {
-        while (blocks.Length > 0)
-        {
-            bool isFresh = _size == CaptureTap.FileHead().Length;
-            bool isBound = settings.Rotate > 0 && _file is not null;
-            int fit = isBound ? WholeBlocks(blocks, settings.Rotate - _size) : blocks.Length;
-            fit = fit == 0 && isFresh ? BinaryPrimitives.ReadInt32LittleEndian(blocks[4..]) : fit;
-            Put(blocks[..fit]);
-            blocks = blocks[fit..];
-            if (blocks.Length > 0)
-            {
-                _file!.Dispose();
-                (_file, _size) = (Create($"{File}{Text.Of(++_files)}"), 0);
-                Put(CaptureTap.FileHead());
-            }
-        }
-    }
-
-    private void Put(ReadOnlySpan<byte> blocks)
-    {
-        Volatile.Write(ref _isWriting, true);
-        try
-        {
-            for (int i = 0; i < blocks.Length; i += Slice)
-            {
-                ReadOnlySpan<byte> slice = blocks[i..Math.Min(blocks.Length, i + Slice)];
-                _file?.Write(slice);
-                if (_file is null && !StandardStream.TryWrite(StandardStream.Output, slice))
-                {
-                    throw new IOException("nobody reads it");
-                }
-
-                Volatile.Write(ref _written, _written + slice.Length);
-            }
-        }
-        catch (IOException) when (_file is { CanSeek: true })
-        {
-            _file.SetLength(_size + WholeBlocks(blocks, _file.Length - _size)); // a full disk: what is there stays legible
-            throw;
-        }
-
-        Volatile.Write(ref _isWriting, false);
-        _size += blocks.Length;
-    }
-
-    /// <summary>How many bytes of the first of <paramref name="blocks"/> fit into <paramref name="room"/>.</summary>
-    private static int WholeBlocks(ReadOnlySpan<byte> blocks, long room)
-    {
-        int whole = 0;
-        while (whole < blocks.Length
-            && whole + BinaryPrimitives.ReadInt32LittleEndian(blocks[(whole + 4)..]) is int next && next <= room)
+        Span<byte> head = stackalloc byte[8];
+        while (RandomAccess.Read(stream.SafeFileHandle, head, whole) == head.Length
+            && whole + BinaryPrimitives.ReadInt32LittleEndian(head[4..]) is long next && next <= stream.Length)
         {
             whole = next;
         }
 
         return whole;
     }
-
-    private static FileStream Create(string file) =>
-        new(file, FileMode.Create, FileAccess.Write, FileShare.Read | FileShare.Delete, 0);
 }
 
 /// <summary>One side of a captured connection, and the packets that it sends: IPv4 (RFC 791) if both sides have it, else IPv6
@@ -6541,33 +6665,31 @@ internal sealed class CaptureTap : Tap
         CaptureTap down = new(capture, conversation, isUp: false, Head(server, client, isV4));
         (up._peer, down._peer) = (down, up);
         byte[] options = [2, 4, (byte)(up.MostPayload >> 8), (byte)up.MostPayload, 1, 3, 3, WindowScale]; // the first is MSS
-        capture.TryAdd(up, Syn, options, mustFit: true);
-        capture.TryAdd(down, Syn | Ack, options, mustFit: true);
-        capture.TryAdd(up, Ack, mustFit: true);
+        capture.Add(up, Syn, options);
+        capture.Add(down, Syn | Ack, options);
+        capture.Add(up, Ack);
 
         static bool IsV4(IPAddress address) => address.AddressFamily == AddressFamily.InterNetwork || address.IsIPv4MappedToIPv6;
     }
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        for (int i = 0; i < bytes.Length; i += MostPayload)
+        for (int i = 0, next; i < bytes.Length && !_capture.IsOver; i = next)
         {
-            int next = Math.Min(i + MostPayload, bytes.Length);
-            while (!_capture.TryAdd(this, next < bytes.Length ? Ack : Push | Ack, bytes.Span[i..next]))
-            {
-                await _capture.RoomAsync();
-            }
+            next = Math.Min(i + MostPayload, bytes.Length);
+            await _capture.RoomAsync(BlockLength(next - i));
+            _capture.Add(this, next < bytes.Length ? Ack : Push | Ack, bytes.Span[i..next], isPromised: true);
         }
 
         await Next.WriteAsync(bytes);
-        _capture.TryAdd(_peer, Ack);
+        _capture.Add(_peer, Ack);
     }
 
     internal override async ValueTask FinishAsync()
     {
-        _capture.TryAdd(this, Fin | Ack, mustFit: true);
+        _capture.Add(this, Fin | Ack);
         await Next.FinishAsync();
-        _capture.TryAdd(_peer, Ack);
+        _capture.Add(_peer, Ack);
     }
 
     /// <summary>Called for each side; the first call speaks for both.</summary>
@@ -6578,12 +6700,12 @@ internal sealed class CaptureTap : Tap
             side._hasEnded = true;
             if (isOrderly && !side._hasFinished)
             {
-                _capture.TryAdd(side, Fin | Ack, mustFit: true);
-                _capture.TryAdd(side._peer, Ack, mustFit: true);
+                _capture.Add(side, Fin | Ack);
+                _capture.Add(side._peer, Ack);
             }
             else if (!isOrderly && !_conversation.Code.StartsWith(side._isUp ? 'S' : 'C'))
             {
-                _capture.TryAdd(side, Reset | Ack, mustFit: true);
+                _capture.Add(side, Reset | Ack);
             }
         }
     }
@@ -6610,12 +6732,12 @@ internal sealed class CaptureTap : Tap
         (words[5], words[6], words[^2], words[^1]) = ((uint)length, (uint)length, 0, (uint)block.Length);
         Span<byte> packet = block.Slice(BlockHead, length);
         _head.CopyTo(packet);
-        bytes.CopyTo(packet[_head.Length..]);
+        ulong sum = _sum + InternetChecksum.Copy(bytes, packet[_head.Length..]);
         Span<byte> segment = packet[_ip..];
         BinaryPrimitives.WriteUInt32BigEndian(segment[4..], _sequence);
         BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? _peer._sequence : 0);
         (segment[12], segment[13]) = ((byte)((isSyn ? TcpHead + bytes.Length : TcpHead) << 2), (byte)flags);
-        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment, _sum + InternetChecksum.Number(segment.Length)));
+        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment[..TcpHead], sum + InternetChecksum.Number(segment.Length)));
         if (packet[0] == 0x45)
         {
             BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)length);
@@ -6661,16 +6783,8 @@ internal static class InternetChecksum
     /// <summary>Of words of 32 bits, which fold into words of 16.</summary>
     internal static ulong Sum(ReadOnlySpan<byte> bytes)
     {
-        ReadOnlySpan<Vector<uint>> vectors = MemoryMarshal.Cast<byte, Vector<uint>>(bytes);
-        Vector<ulong> sums = Vector<ulong>.Zero;
-        foreach (Vector<uint> words in vectors)
-        {
-            Vector.Widen(words, out Vector<ulong> low, out Vector<ulong> high);
-            sums += low + high;
-        }
-
-        ulong sum = Vector.Sum(sums);
-        for (bytes = bytes[(vectors.Length * Vector<byte>.Count)..]; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
+        ulong sum = 0;
+        for (; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
         {
             uint word = 0;
             bytes[..Math.Min(4, bytes.Length)].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref word)));
@@ -6678,6 +6792,27 @@ internal static class InternetChecksum
         }
 
         return sum;
+    }
+
+    /// <summary>The same, copied on the way: at most 1 MB, of which no word of 32 bits can overflow with halves of words.</summary>
+    internal static ulong Copy(ReadOnlySpan<byte> from, Span<byte> to)
+    {
+        ReadOnlySpan<Vector<uint>> source = MemoryMarshal.Cast<byte, Vector<uint>>(from);
+        Span<Vector<uint>> target = MemoryMarshal.Cast<byte, Vector<uint>>(to)[..source.Length];
+        (Vector<uint> low, Vector<uint> high) = (Vector<uint>.Zero, Vector<uint>.Zero);
+        for (int i = 0; i < source.Length; i++)
+        {
+            Vector<uint> words = source[i];
+            target[i] = words;
+            low += words & new Vector<uint>(ushort.MaxValue);
+            high += words >>> 16;
+        }
+
+        Vector.Widen(low, out Vector<ulong> one, out Vector<ulong> two);
+        Vector.Widen(high, out Vector<ulong> three, out Vector<ulong> four);
+        int done = source.Length * Vector<byte>.Count;
+        from[done..].CopyTo(to[done..]);
+        return Vector.Sum(one + two + three + four) + Sum(from[done..]);
     }
 
     /// <summary>A number of 16 bits as it stands in a packet.</summary>
@@ -10169,7 +10304,10 @@ internal static class EventLoop
     }
 
     /// <summary>To be awaited by one who has worked for long: goes on after what has come for others.</summary>
-    internal static ValueTask<int> TurnAsync() => Bell.OfLoop() is { } bell ? new ValueTask<int>(bell, 0) : YieldAsync();
+    internal static ValueTask<int> TurnAsync() => TurnAsync(Bell.OfLoop());
+
+    /// <summary>Goes on in the loop of that bell, or anywhere if there is none.</summary>
+    internal static ValueTask<int> TurnAsync(Bell? bell) => bell is not null ? new ValueTask<int>(bell, 0) : YieldAsync();
 
     private static async ValueTask<int> YieldAsync()
     {
@@ -10191,8 +10329,7 @@ internal sealed class Bell : IValueTaskSource<int>
     private readonly Socket _ear; // owned
     private readonly Socket _rope; // owned
     private readonly byte[] _sound = new byte[1];
-    private readonly Queue<Action<object?>> _waiting = new();
-    private readonly Queue<object?> _states = new(); // of those who wait, in their order
+    private readonly ConcurrentQueue<(Action<object?> Go, object? State)> _waiting = new();
     private bool _isRung;
 
     private Bell(Socket ear, Socket rope) => (_ear, _rope) = (ear, rope);
@@ -10218,7 +10355,7 @@ internal sealed class Bell : IValueTaskSource<int>
         {
             Bell bell = new(Own(ends[0]), Own(ends[1]));
             _ = bell.RunAsync();
-            bell.Ring(); // now that it waits: it goes on in its loop
+            bell._rope.Send(bell._sound); // now that it waits: it goes on in its loop
         }
         else
         {
@@ -10242,21 +10379,15 @@ internal sealed class Bell : IValueTaskSource<int>
         _ofLoop = this;
         while (true)
         {
-            _isRung = false;
+            Interlocked.Exchange(ref _isRung, false);
             ValueTask<int> ringing = _ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None); // before they ring: so it waits
-            for (int count = _waiting.Count; count > 0; count--)
+            for (int count = _waiting.Count; count > 0 && _waiting.TryDequeue(out (Action<object?> Go, object? State) one); count--)
             {
-                _waiting.Dequeue()(_states.Dequeue());
+                one.Go(one.State);
             }
 
             await ringing;
         }
-    }
-
-    private void Ring()
-    {
-        _isRung = true;
-        _rope.Send(_sound);
     }
 
     public int GetResult(short token) => 0;
@@ -10265,11 +10396,10 @@ internal sealed class Bell : IValueTaskSource<int>
 
     public void OnCompleted(Action<object?> continuation, object? state, short token, ValueTaskSourceOnCompletedFlags flags)
     {
-        _waiting.Enqueue(continuation);
-        _states.Enqueue(state);
-        if (!_isRung)
+        _waiting.Enqueue((continuation, state));
+        if (!Interlocked.Exchange(ref _isRung, true))
         {
-            Ring();
+            _rope.Send(_sound);
         }
     }
 }
@@ -10918,48 +11048,37 @@ internal static partial class Libc
     }
 
     [LibraryImport("libc", EntryPoint = "getrlimit")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int GetLimit(int resource, out Limit limit);
 
     [LibraryImport("libc", EntryPoint = "setrlimit")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int SetLimit(int resource, in Limit limit);
 
     [LibraryImport("libc", EntryPoint = "write", SetLastError = true)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Write(int descriptor, in byte bytes, nuint count);
 
     [LibraryImport("libc", EntryPoint = "isatty")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int IsTerminal(int descriptor);
 
     [LibraryImport("libc", EntryPoint = "poll")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Poll(ref PollDescriptor descriptor, nuint count, int timeout);
 
     [LibraryImport("libc", EntryPoint = "fcntl")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Fcntl(int descriptor, int command, nint argument = 0);
 
     [LibraryImport("libc", EntryPoint = "socketpair")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int OpenSocketPair(int family, int type, int protocol, ref int ends);
 
     [LibraryImport("libc", EntryPoint = "pipe2")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int OpenPipe(ref int ends, int flags);
 
     [LibraryImport("libc", EntryPoint = "splice", SetLastError = true)]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Splice(
         SafeHandle from, nint fromOffset, SafeHandle to, nint toOffset, nuint length, uint flags);
 
     [LibraryImport("libc", EntryPoint = "read")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial nint Read(SafeHandle descriptor, ref byte bytes, nuint count);
 
     [LibraryImport("libc", EntryPoint = "ioctl")]
-    [DefaultDllImportSearchPaths(DllImportSearchPath.SafeDirectories)]
     internal static partial int Ioctl(int descriptor, nuint request, ref int value);
 
     /// <summary>In a process group of its own, with all signals at their defaults (SIGPIPE is ignored here) and none blocked. The
@@ -10989,6 +11108,13 @@ internal static partial class Libc
 
     [LibraryImport("libc", EntryPoint = "posix_spawn_file_actions_destroy")]
     private static partial int EndActions(ref long actions);
+
+    /// <summary>Blocks of the disk for bytes that are to be written; its length remains.</summary>
+    internal static void Reserve(SafeHandle file, long offset, long length) =>
+        _ = IsThere ? Allocate(file, 1, offset, length) : 0; // FALLOC_FL_KEEP_SIZE; not every file system can
+
+    [LibraryImport("libc", EntryPoint = "fallocate")]
+    private static partial int Allocate(SafeHandle file, int mode, long offset, long length);
 
     [LibraryImport("libc", EntryPoint = "close")]
     internal static partial int Close(int descriptor);

@@ -248,6 +248,75 @@ public sealed class CaptureTests : EndToEndTest
         Assert.Matches(@"error: --pcap: cannot open \S+/nowhere/c: no such file or directory\n$", outcome.Err);
     }
 
+    [Fact(Timeout = Quick)]
+    public async Task A_pipe_that_nobody_reads_yet_neither_stops_the_start_nor_loses_what_comes_first()
+    {
+        string pipe = Given.Path("pipe");
+        (await Tool.Run("mkfifo", pipe)).Good();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--pcap", pipe);
+        Peer client = await Given.Client(proxy);
+        await client.Ask("first");
+        using FileStream reader = await Wait.Apart(() => Task.FromResult(
+            new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0))).Within("the writer of the pipe");
+        byte[] buffer = new byte[1 << 16];
+        int length = 0;
+        await client.Ask("second");
+        while (!Encoding.ASCII.GetString(buffer, 0, length).Contains("second", StringComparison.Ordinal))
+        {
+            length += await reader.ReadAsync(buffer.AsMemory(length), TestContext.Current.CancellationToken);
+        }
+
+        Assert.Equal([0x0A, 0x0D, 0x0D, 0x0A], buffer[..4]);
+        Assert.Contains("first", Encoding.ASCII.GetString(buffer, 0, length), StringComparison.Ordinal);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Taps_and_a_header_to_the_server_go_together()
+    {
+        string file = Given.Path("c");
+        Upstream server = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", server.Address, "--send-proxy", "v1", "--pcap", file);
+        (Peer client, Peer accepted) = await Given.Bridge(proxy, server);
+        Assert.StartsWith("PROXY TCP4 127.0.0.1 ", await accepted.ReceiveLine(), StringComparison.Ordinal);
+        await client.Exchange(accepted, "hello", "world");
+        client.Finish();
+        accepted.Finish();
+        await proxy.Connection();
+        await proxy.Stop();
+        byte[][] packets = [.. Packets(await File.ReadAllBytesAsync(file, TestContext.Current.CancellationToken))];
+        Assert.Equal("hello"u8.ToArray(), packets[3][40..]); // the header is the proxy's own
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Who_is_reset_before_there_is_a_bridge_is_over_in_the_capture_too()
+    {
+        const int Count = 200;
+        string file = Given.Path("c");
+        Upstream server = Given.Server(peer =>
+        {
+            peer.Reset(); // at once: some headers find nobody
+            return Task.CompletedTask;
+        });
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", server.Address, "--send-proxy", "v1", "--pcap", file, "--retries", "0");
+        await Wait.Many(Count, 8, async _ =>
+        {
+            using Peer client = await Peer.Connect(proxy.Endpoint());
+            await client.Drain();
+        });
+        await proxy.LinesOf("connection", Count);
+        await proxy.Stop();
+        Dictionary<int, int> flags = [];
+        foreach (byte[] packet in Packets(await File.ReadAllBytesAsync(file, TestContext.Current.CancellationToken)))
+        {
+            int client = (packet[20] << 8) + packet[21] == server.Port ? (packet[22] << 8) + packet[23] : (packet[20] << 8) + packet[21];
+            flags[client] = flags.GetValueOrDefault(client) | packet[33];
+        }
+
+        Assert.InRange(flags.Count, 1, Count);
+        Assert.All(flags.Values, seen => Assert.True((seen & 5) != 0, "neither FIN nor RST"));
+    }
+
     // ---- conversations
 
     private sealed record Conversed(

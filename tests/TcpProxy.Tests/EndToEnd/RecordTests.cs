@@ -70,7 +70,7 @@ public sealed class RecordTests : EndToEndTest
             client.Finish();
             await client.ExpectEnd();
         });
-        await Wait.Until(() => proxy.Descriptors <= idle + 2, "all files to be closed");
+        await Wait.Until(() => proxy.Descriptors <= idle + 6, "all files to be closed");
         await proxy.Stop();
         for (int i = 0; i < Count; i++)
         {
@@ -261,7 +261,7 @@ public sealed class RecordTests : EndToEndTest
 
         Assert.Single(proxy.Lines, l => l.Event == "record");
         byte[] recorded = [];
-        await Wait.Until(() => (recorded = Read(folder)).Length >= 4 << 20, "what had waited to be written");
+        await Wait.Until(() => (recorded = Read(folder)).Length >= 2 << 20, "what had waited to be written");
         Assert.Equal("recorded"u8, recorded.AsSpan(0, 8));
         new Pattern(1).Check(0, recorded.AsSpan(8)); // without a hole
         (Peer last, Peer lastServer) = await Given.Bridge(proxy, upstream);

@@ -27,12 +27,16 @@ public sealed class PacketTests
         {
             byte[] bytes = new byte[length];
             random.NextBytes(bytes);
+            byte[] copy = new byte[length];
             Assert.Equal(Plain(bytes), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of(bytes)));
+            Assert.Equal(Plain(bytes), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of([], InternetChecksum.Copy(bytes, copy))));
+            Assert.Equal(bytes, copy);
         }
 
         byte[] ones = new byte[65535];
         Array.Fill(ones, byte.MaxValue);
         Assert.Equal(Plain(ones), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of(ones)));
+        Assert.Equal(Plain(ones), BinaryPrimitives.ReverseEndianness(InternetChecksum.Of([], InternetChecksum.Copy(ones, new byte[ones.Length]))));
     }
 
     [Fact]
