@@ -8419,7 +8419,7 @@ internal sealed class Account
         if (_isNeeded && (Libc.SetGroups((nuint)groups.Length, in groups[0]) != 0
             || Libc.SetGroups(_group, _group, _group) != 0 || Libc.SetUsers(_user, _user, _user) != 0))
         {
-            throw Wrong($"cannot be become: {Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())}");
+            throw Wrong($"cannot be taken on: {Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())}");
         }
 
         _ = Libc.GetUsers(out uint real, out uint effective, out uint saved);
