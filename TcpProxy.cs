@@ -1606,12 +1606,13 @@ internal static class ServiceText
     private static readonly string[] Tops = ["/run/", "/var/log/", "/var/lib/", "/var/cache/"];
     private static readonly string[] Makers = ["RuntimeDirectory", "LogsDirectory", "StateDirectory", "CacheDirectory"];
 
-    /// <summary>The file or folder that an option has us write.</summary>
+    /// <summary>The file, or the folder (which ends with a slash), that an option has us write.</summary>
     internal static string[] Written(string option, string value) => option switch
     {
-        "log-file" or "record" or "pid-file" or "port-file" => [value],
+        "log-file" or "pid-file" or "port-file" => [value],
+        "record" => [$"{value}/"],
         "pcap" when value != "-" => [value],
-        "listen" or "control" when value.StartsWith("unix:", StringComparison.Ordinal) => [value["unix:".Length..]],
+        "control" when value.StartsWith("unix:", StringComparison.Ordinal) => [value["unix:".Length..]],
         _ => [],
     };
 
@@ -1629,6 +1630,8 @@ internal static class ServiceText
 
     internal static string Unit(Settings settings, string program, string[] words)
     {
+        settings.Routes.ForEach(route => settings.Written.AddRange(
+            route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
         List<string> paths = [.. settings.Written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
         string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
         paths = paths.ConvertAll(Path.GetFullPath);
@@ -1699,7 +1702,7 @@ internal static class ServiceText
             HashSet<string> known = [];
             foreach (string path in settings.Written.ConvertAll(Path.GetFullPath))
             {
-                string written = Directory.Exists(path) ? path : Path.GetDirectoryName(path) ?? "/";
+                string written = Path.GetDirectoryName(path) ?? "/";
                 int top = Array.FindIndex(Tops, top => written.StartsWith(top, StringComparison.Ordinal));
                 string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{written}", isProgram: true)}"
                     : $"{Makers[top]}={Text.QuoteForSystemd(written[Tops[top].Length..], isProgram: true)}";
