@@ -134,7 +134,7 @@ internal static class Program
                 Command.InstallService => Print(ServiceText.Of(settings, args)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
-                _ => await RunAsync(settings),
+                _ => await RunAsync(settings, args),
             };
         }
         catch (FormatException e)
@@ -147,24 +147,29 @@ internal static class Program
         }
     }
 
-    private static async Task<int> RunAsync(Settings settings)
+    private static async Task<int> RunAsync(Settings settings, string[] args)
     {
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
         Account? account = settings.User is { } user ? new Account(user) : null;
         account?.Prepare(); // before there are other threads
-        Proxy proxy = new(settings, account);
+        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running));
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
-        using PosixSignalRegistration? hangUp = settings.AccessFiles.Count == 0 && !OperatingSystem.IsWindows() ? null
-            : PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
+        using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
             bool isWindows = OperatingSystem.IsWindows(); // where HUP is the console that closes, TERM the machine that shuts down
-            (context.Signal == PosixSignal.SIGHUP && !isWindows ? (Action)proxy.Reload : proxy.Stop)();
+            if (context.Signal == PosixSignal.SIGHUP && !isWindows)
+            {
+                proxy.Reload(out _);
+                return;
+            }
+
+            proxy.Stop();
             if (isWindows && context.Signal != PosixSignal.SIGINT)
             {
                 Thread.Sleep(Timeout.Infinite); // the process would be ended when this returns: Main returns when it has drained
@@ -192,7 +197,8 @@ internal static class Program
 internal enum Scope
 {
     Route, // for the route it stands in, or for every route when it stands before the first listen
-    Process, // for the process, wherever it stands
+    Process, // for the process, wherever it stands, and from its start to its end
+    Live, // the same, but that a reload may change it
     CommandLine, // the same, and has no meaning in a file
 }
 
@@ -201,7 +207,7 @@ internal enum Scope
 /// sentence of <paramref name="help"/> is the short help.</summary>
 internal sealed class Option(
     string name, char letter, string value, string group, Scope scope, string fallback, string help,
-    Action<Settings, RouteSettings, string> apply)
+    Action<Settings, RouteSettings, string> apply, bool isList = false)
 {
     internal string Name { get; } = name;
     internal char Letter { get; } = letter;
@@ -212,6 +218,9 @@ internal sealed class Option(
     internal string Help { get; } = help;
     internal Action<Settings, RouteSettings, string> Apply { get; } = apply;
     internal bool IsFlag => Value.Length == 0;
+
+    /// <summary>Each that is typed adds to those before it; else the last holds.</summary>
+    internal bool IsList { get; } = isList;
 
     internal static readonly Option[] Table =
     [
@@ -224,12 +233,12 @@ internal sealed class Option(
             + "follow: weight=N is its share (1; 0 to 256, 0 = no new connections), backup keeps it for when no other can "
             + "take one, max-connections=N bounds it (off), slow-start=TIME is how long its share grows when it is back "
             + "after a failure (10s), name=TEXT is what the log and --balance source call it (as it is written).",
-            (_, r, v) => r.Add(UpstreamSettings.Parse(v))),
+            (_, r, v) => r.Add(UpstreamSettings.Parse(v)), isList: true),
         new("sni", '\0', "NAME[,NAME...]", "route", Scope.Route, "",
             "The upstreams that follow serve the TLS clients that ask for NAME. *.example.com stands for all names below "
             + "example.com; an exact name wins over it, and a longer one over a shorter. Upstreams before any --sni serve "
             + "all others; without them, others are refused. TLS goes through as it is.",
-            (_, r, v) => r.ServerNames = ServerName.ParseList(v)),
+            (_, r, v) => r.ServerNames = ServerName.ParseList(v), isList: true),
         new("name", '\0', "TEXT", "route", Scope.Route, "",
             "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
             (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
@@ -339,10 +348,10 @@ internal sealed class Option(
             "Let in those whom RULE names: CIDR, ADDRESS, all, unix or @FILE, then [DAYS] [HH:MM-HH:MM] [ZONE], such as "
             + "\"10.0.0.0/8 mon-fri 09:00-17:30 Europe/Paris\". The first rule that matches decides. Where none does, a client "
             + "is refused if there is any --allow. A FILE has one rule a line; it is read again when it changes, and on HUP.",
-            (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFiles))),
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFileOf)), isList: true),
         new("deny", '\0', "RULE", "access", Scope.Route, "",
             "Refuse those whom RULE names. It is written as for --allow, and has its place among those rules.",
-            (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFiles))),
+            (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFileOf)), isList: true),
         new("close-at-window-end", '\0', "", "access", Scope.Route, "",
             "Reset connections whose clients the rules no longer let in. They are looked at when the minute turns.",
             (_, r, _) => r.Access.ClosesAtWindowEnd = true),
@@ -384,7 +393,7 @@ internal sealed class Option(
             + "from client to server, at the place of this option among the taps. For a unix socket and the built-in servers "
             + "stands 192.0.2.1 (clients) or 192.0.2.2, port 7 for echo, 9 for discard, else 1. Routes may share a FILE. A disk "
             + "or reader that fails, or that halts for 5 s, ends the capture and nothing else.",
-            (s, r, v) => s.Captures.AddTo(r.Taps, v)),
+            (s, r, v) => s.Captures.AddTo(r.Taps, v), isList: true),
         new("pcap-rotate", '\0', "SIZE", "inspect", Scope.Process, "off",
             "Go on in FILE1, FILE2 and so on when a capture file has reached SIZE (at least 64k), as tcpdump -C does.",
             (s, _, v) => s.Captures.Rotate = v is "0" or "off" ? 0 : Units.ParseSize(v, least: 64 << 10)),
@@ -395,27 +404,27 @@ internal sealed class Option(
             + "--check-send; \\x3d> is a => in OLD. Bytes that may become a match are held until more comes, but no longer than "
             + "100 ms: then they go on as they are. A protocol that says lengths beforehand (HTTP's Content-Length, redis) "
             + "breaks when OLD and NEW differ in length; what TLS carries is not seen.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, MatchRule.ParseReplace(v))),
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, MatchRule.ParseReplace(v)), isList: true),
         new("replace-down", '\0', "OLD=>NEW", "modify", Scope.Route, "",
             "The same in what servers send.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v))),
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v)), isList: true),
         new("block-up", '\0', "PATTERN", "modify", Scope.Route, "",
             "Reset the connection before the bytes PATTERN pass from a client. They are found as by --replace-up; when a client "
             + "waits 100 ms in the middle of them, the part before has passed, but never the rest.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null))),
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null)), isList: true),
         new("block-down", '\0', "PATTERN", "modify", Scope.Route, "",
             "The same before they pass from a server.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null))),
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null)), isList: true),
         new("filter-up", '\0', "COMMAND", "modify", Scope.Route, "",
             "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server (both "
             + "are sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its "
             + "environment has TCPPROXY_CLIENT, TCPPROXY_UPSTREAM, TCPPROXY_ROUTE; its stderr is logged. Its end with status 0 "
             + "is a FIN, and what still comes is dropped; another end is a reset. It is killed when the connection ends, or "
             + "when it writes nothing for --fin-timeout after its client has finished.",
-            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true))),
+            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true)), isList: true),
         new("filter-down", '\0', "COMMAND", "modify", Scope.Route, "",
             "The same for what servers say.",
-            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: false))),
+            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: false)), isList: true),
 
         new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
             "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
@@ -424,7 +433,7 @@ internal sealed class Option(
             + "toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s and 10k are understood as well. stream=upstream "
             + "is for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
             + "works on the result of the one before.",
-            (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v))),
+            (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v)), isList: true),
         new("seed", '\0', "N", "faults", Scope.Process, "",
             "Let chance repeat itself: with the same N, the n-th connection of a route meets the same toxics, jitter and slices.",
             (s, _, v) => s.Seed = Units.ParseCount(v)),
@@ -435,7 +444,7 @@ internal sealed class Option(
         new("log-file", '\0', "FILE", "observe", Scope.Process, "",
             "Append the log to FILE instead of stderr.",
             (s, _, v) => s.Log.File = Text.FileName(v)),
-        new("log-level", '\0', "LEVEL", "observe", Scope.Process, "info",
+        new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
 
@@ -450,7 +459,7 @@ internal sealed class Option(
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
             + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
             (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v))),
-        new("drain-timeout", '\0', "TIME", "run", Scope.Process, "30s",
+        new("drain-timeout", '\0', "TIME", "run", Scope.Live, "30s",
             "On TERM or INT stop accepting and let connections finish for up to TIME. A second signal ends at once.",
             (s, _, v) => s.DrainTimeout = Units.ParseTime(v)),
         new("threads", '\0', "N|auto", "run", Scope.Process, "auto",
@@ -489,10 +498,10 @@ internal sealed class Option(
         new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
             "How long --wait-for waits.",
             (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
-        new("quiet", 'q', "", "run", Scope.Process, "",
+        new("quiet", 'q', "", "run", Scope.Live, "",
             "Log warnings and errors only.",
             (s, _, _) => s.Log.Level = LogLevel.Warn),
-        new("verbose", 'v', "", "run", Scope.Process, "",
+        new("verbose", 'v', "", "run", Scope.Live, "",
             "Log everything.",
             (s, _, _) => s.Log.Level = LogLevel.Debug),
         new("help", 'h', "", "run", Scope.CommandLine, "",
@@ -521,12 +530,11 @@ internal sealed class Setting(Option option, string value, string where)
     {
         settings.Where = Where;
         Option.Apply(settings, route, value);
-        if (Option.Group is "balance" or "limits")
-        {
-            route.Explained[Option.Name] = value;
-        }
-
-        settings.Written.AddRange(ServiceText.Written(Option.Name, value));
+        List<Choice> choices = Option.Scope == Scope.Route ? route.Choices : settings.Choices;
+        Choice choice = new(Option.Name, Option.Group, value, Where, Option.Scope == Scope.Process);
+        int same = Option.IsList ? -1 : choices.FindIndex(other => other.Name == Option.Name);
+        choices.RemoveRange(Math.Max(same, 0), same < 0 ? 0 : 1);
+        choices.Insert(same < 0 ? choices.Count : same, choice);
     });
 
     internal FormatException Wrong(string what) => new($"{Where}: {what}");
@@ -537,18 +545,18 @@ internal static class CommandLine
     private const int LargestFile = 16 << 20; // bytes: /dev/zero is not a configuration
 
     /// <exception cref="FormatException">what was typed is wrong; the message is the line for the user</exception>
-    internal static Settings Parse(IReadOnlyList<string> arguments)
+    internal static Settings Parse(IReadOnlyList<string> arguments, Settings? running = null)
     {
         List<Setting> typed = [];
         List<string> positional = [];
         Read(arguments, typed, positional);
-        Settings settings = new();
+        Settings settings = new(running);
         RouteSettings defaults = new();
         foreach (Option option in Option.Table)
         {
             if (option.Default.Length > 0)
             {
-                option.Apply(settings, defaults, option.Default);
+                new Setting(option, option.Default, "").Apply(settings, defaults);
             }
         }
 
@@ -760,6 +768,7 @@ internal static class CommandLine
         }
 
         settings.MaxConnections = defaults.MaxConnections;
+        settings.Choices.AddRange(defaults.Choices.FindAll(choice => choice.Name == "max-connections"));
         if (isPositional)
         {
             settings.Routes.Add(Positional(defaults, positional));
@@ -882,7 +891,7 @@ internal static class Help
           times 500ms 5s 10m 1h 7d, bare = seconds; sizes 512 64k 10m 1g, powers of 1024; 0 or off = off
         Signals:
           TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
-          HUP        read the lists of --allow and --deny again
+          HUP        read the --config file and the lists of --allow and --deny again, and apply what is different
         Exit status:
           0 done, 1 failed at run time, 2 wrong usage or configuration
 
@@ -959,16 +968,39 @@ internal enum Command
     WaitFor,
 }
 
-/// <summary>All that was asked for.</summary>
-internal sealed class Settings
+/// <summary>An option that holds: as it was typed and where, or its default, which was typed nowhere. What is lasting holds from
+/// the start of the process to its end.</summary>
+internal sealed class Choice(string name, string group, string value, string where, bool isLasting)
+{
+    internal string Name { get; } = name;
+    internal string Group { get; } = group;
+    internal string Value { get; } = value;
+    internal string Where { get; } = where;
+    internal bool IsLasting { get; } = isLasting;
+
+    /// <summary>Where it was typed, if anywhere: FILE:12, or --name.</summary>
+    internal string At => Where.EndsWith($": {Name}", StringComparison.Ordinal) ? Where[..^(Name.Length + 2)] : Where;
+
+    internal bool Is(Choice other) => Name == other.Name && Value == other.Value;
+
+    internal static bool AreSame(List<Choice> some, List<Choice> others, Func<Choice, Choice, bool> isSame)
+    {
+        int i = 0;
+        return some.Count == others.Count && some.TrueForAll(one => isSame(one, others[i++]));
+    }
+}
+
+/// <summary>All that was asked for. A process that is <paramref name="running"/> goes on with the lists that it has.</summary>
+internal sealed class Settings(Settings? running = null)
 {
     internal Command Command { get; set; }
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
     internal ExplainQuery? Explain { get; set; }
-    internal List<RouteSettings> Routes { get; } = [];
-    internal Dictionary<string, AccessFile> AccessFiles { get; } = []; // of all routes, by their paths
+    internal List<Choice> Choices { get; private set; } = []; // of the process
+    internal List<RouteSettings> Routes { get; private set; } = [];
+    internal Dictionary<string, AccessFile> AccessFiles { get; private set; } = []; // of all routes, by their paths
     internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
     internal CaptureSettings Captures { get; } = new();
@@ -977,10 +1009,20 @@ internal sealed class Settings
     internal int Threads { get; set; } // 0 = one a processor
     internal long Seed { get; set; } = Random.Shared.NextInt64(); // of the toxics' chance
     internal string? User { get; set; } // and its group, as typed
-    internal List<string> Written { get; } = []; // files and folders, in any route
     internal string? PidFile { get; set; }
     internal string? PortFile { get; set; }
     internal bool Once { get; set; }
+
+    internal AccessFile AccessFileOf(string path) => AccessFiles.TryGetValue(path, out AccessFile? known) ? known
+        : AccessFiles[path] = running?.AccessFiles.GetValueOrDefault(path) ?? new AccessFile(path);
+
+    /// <summary>What a reload changes of the process.</summary>
+    internal void TakeOver(Settings next, List<RouteSettings> routes)
+    {
+        (Routes, AccessFiles, MaxConnections, DrainTimeout) = (routes, next.AccessFiles, next.MaxConnections, next.DrainTimeout);
+        Log.Level = next.Log.Level;
+        Choices = [.. Choices.FindAll(choice => choice.IsLasting), .. next.Choices.FindAll(choice => !choice.IsLasting)];
+    }
 }
 
 internal sealed class RouteSettings
@@ -992,7 +1034,7 @@ internal sealed class RouteSettings
     internal int MaxConnections { get; set; } // 0 = off
     internal LimitSettings Limits { get; private set; } = new();
     internal AccessRules Access { get; private set; } = new();
-    internal Dictionary<string, string> Explained { get; private set; } = []; // what was typed of limits and balance
+    internal List<Choice> Choices { get; private set; } = []; // all of the below, in words
     internal PoolSettings Pool { get; private set; } = new();
     internal ConnectSettings Connect { get; private set; } = new();
     internal BridgeSettings Bridge { get; private set; } = new();
@@ -1002,6 +1044,11 @@ internal sealed class RouteSettings
     internal string[]? ServerNames { get; set; } // of the upstreams that follow
 
     internal string Title => Name ?? Listen!.Text;
+    internal string At => Where.StartsWith('-') ? "" : Where; // in the file
+
+    /// <summary>Word for word, and in the same places, which stand in the log.</summary>
+    internal bool Is(RouteSettings other) =>
+        Choice.AreSame(Choices, other.Choices, (one, choice) => one.Is(choice) && one.Where == choice.Where);
 
     internal RouteSettings Clone()
     {
@@ -1009,7 +1056,7 @@ internal sealed class RouteSettings
         copy.Upstreams = [.. Upstreams];
         copy.Limits = Limits.Clone();
         copy.Access = Access.Clone();
-        copy.Explained = new Dictionary<string, string>(Explained);
+        copy.Choices = [.. Choices];
         copy.Pool = Pool.Clone();
         copy.Connect = Connect.Clone();
         copy.Bridge = Bridge.Clone();
@@ -1036,6 +1083,7 @@ internal sealed class RouteSettings
     {
         Upstreams.Clear();
         ServerNames = null;
+        Choices.RemoveAll(choice => choice.Name is "upstream" or "sni");
     }
 
     /// <exception cref="FormatException">the parts do not fit together</exception>
@@ -1083,31 +1131,38 @@ internal sealed class RouteSettings
     }
 }
 
-/// <summary>A route at run time.</summary>
+/// <summary>A route at run time. A reload makes a new one, which goes on with what the old one counts and
+/// knows; clients stay with the route that they came to.</summary>
 internal sealed class Route
 {
     private readonly Dictionary<string, UpstreamPool> _named = []; // *.example.com is .example.com here
+    private Route? _old; // until it is in force
     private long _rate; // the state of its connect rate
     private long _numbers; // given out
+    private int _users = 1; // clients, and one while it is in force
 
-    internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log)
+    internal Route(RouteSettings settings, ConnectionLimit processLimit, Log log, Route? old = null)
     {
         Settings = settings;
         Title = settings.Title;
-        Limit = new ConnectionLimit(settings.MaxConnections, processLimit);
-        Line = settings.Pool.Queue == 0 ? null
-            : new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
+        Limit = old?.Limit ?? new ConnectionLimit(settings.MaxConnections, processLimit);
+        Line = old?.Line ?? new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
         Refusals = new Refusals(Title, log);
-        Addresses = settings.Limits.HasAddresses ? new AddressTable(settings.Limits, Title, log) : null;
-        Rates = settings.Bridge.HasRates ? new Rates(settings.Bridge) : null;
+        Addresses = !settings.Limits.HasAddresses ? null
+            : old?.Addresses is { } table && table.IsFor(settings.Limits) ? table : new AddressTable(settings.Limits, Title, log);
+        Rates = settings.Bridge.HasRates ? new Rates(settings.Bridge, old?.Rates) : null;
+        _old = old;
+        List<UpstreamPool> taken = []; // of the old one
         foreach (UpstreamSettings upstream in settings.Upstreams)
         {
             string group = Group(upstream);
             UpstreamPool? known = group.Length == 0 ? Pool : _named.GetValueOrDefault(Key(upstream.ServerNames![0]));
             if (known is null)
             {
-                UpstreamPool pool = new(
-                    [.. settings.Upstreams.FindAll(one => Group(one) == group)], settings.Pool, settings.Connect, Title, log);
+                UpstreamPool? before = old?.PoolOf(upstream.ServerNames) is { } one && !taken.Contains(one) ? one : null;
+                UpstreamPool pool = new([.. settings.Upstreams.FindAll(one => Group(one) == group)],
+                    settings.Pool, settings.Connect, Title, log, before);
+                taken.AddRange(before is null ? [] : [before]);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
                 Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
@@ -1118,14 +1173,12 @@ internal sealed class Route
         IsPlain = !NeedsName && !settings.Preread.HasSenders && settings.Connect.SendProxy == ProxyVersion.Off;
 
         static string Group(UpstreamSettings upstream) => string.Join(',', upstream.ServerNames ?? []);
-
-        static string Key(string name) => name.TrimStart('*');
     }
 
     internal RouteSettings Settings { get; }
     internal string Title { get; }
     internal ConnectionLimit Limit { get; }
-    internal WaitingLine? Line { get; } // for room among the connections
+    internal WaitingLine Line { get; } // for room among the connections
     internal Refusals Refusals { get; }
     internal AddressTable? Addresses { get; }
     internal Rates? Rates { get; }
@@ -1142,13 +1195,52 @@ internal sealed class Route
     /// <summary>Null when there is room for one more.</summary>
     internal CloseReason? TryEnter() =>
         Settings.Limits.Rate is { } rate && !rate.TryTake(ref _rate, Stopwatch.GetTimestamp()) ? CloseReason.RateReached
-        : Line is not { Count: > 0 } && Limit.TryEnter() ? null : CloseReason.LimitReached;
+        : Line.Count == 0 && Limit.TryEnter() ? null : CloseReason.LimitReached;
 
     internal void Leave()
     {
         Limit.Leave();
-        Line?.Serve();
+        Line.Serve();
     }
+
+    /// <summary>From now on what it shares with the old one goes by its settings.</summary>
+    internal void PutInForce()
+    {
+        Limit.Most = Settings.MaxConnections;
+        (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
+        Addresses?.Use(Settings.Limits, Title);
+        Rates?.PutInForce();
+        (_rate, _numbers) = _old is null ? default : (_old._rate, _old._numbers);
+        _old = null;
+        Pools.ForEach(pool => pool.PutInForce());
+    }
+
+    internal void StopChecks() => Pools.ForEach(pool => pool.StopChecks());
+
+    /// <summary>A client has come, who is to be seen off with <see cref="End"/>.</summary>
+    internal void Begin() => Interlocked.Increment(ref _users);
+
+    /// <summary>A client has gone, or it is no longer in force. True when that was all.</summary>
+    internal bool End() => Interlocked.Decrement(ref _users) == 0;
+
+    /// <summary>What may take some time in it.</summary>
+    internal List<TimeSpan> Bounds()
+    {
+        BridgeSettings bridge = Settings.Bridge;
+        return
+        [
+            Settings.Pool.Check, Settings.Pool.Queue > 0 ? Settings.Pool.QueueTimeout : TimeSpan.Zero,
+            Settings.Connect.Timeout, IsPlain ? TimeSpan.Zero : Settings.Preread.Timeout,
+            bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
+            bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero,
+        ];
+    }
+
+    private static string Key(string name) => name.TrimStart('*');
+
+    /// <summary>The servers of a group: of the first of its names that is known.</summary>
+    private UpstreamPool? PoolOf(string[]? names) => names is null ? Pool
+        : Array.Find(names, name => _named.ContainsKey(Key(name))) is { } known ? _named[Key(known)] : null;
 
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
@@ -1167,11 +1259,17 @@ internal sealed class Proxy
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
 
-    private readonly Settings _settings;
+    private const int Handover = 1000; // ms in which a client may still come to a route that is no longer in force
+
+    private readonly Settings _settings; // as a reload leaves them
+    private readonly Func<Settings, Settings> _read; // what was typed, and the file as it is now
     private readonly Log _log;
-    private readonly List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
-    private readonly List<UpstreamPool> _pools = [];
-    private readonly List<string> _files = []; // written by us, so ours to remove
+    private readonly ConnectionLimit _limit; // over all routes
+    private readonly Lock _changing = new(); // held while what follows changes
+    private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
+    private List<Route> _routes = []; // in force
+    private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
+    private readonly Dictionary<string, string> _files = []; // written by us, so ours to remove; and what
     private readonly Account? _account; // to be
     private readonly Supervisor _supervisor;
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1181,11 +1279,12 @@ internal sealed class Proxy
     private int _onceTaken;
     private bool _onceFailed;
 
-    internal Proxy(Settings settings, Account? account)
+    internal Proxy(Settings settings, Account? account, Func<Settings, Settings> read)
     {
-        (_settings, _account) = (settings, account);
-        _supervisor = new Supervisor(() => $"{Text.Count(_settings.Routes.Count, "route")}, "
+        (_settings, _account, _read) = (settings, account, read);
+        _supervisor = new Supervisor(() => $"{Text.Count(_routes.Count, "route")}, "
             + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
+        _limit = new ConnectionLimit(settings.MaxConnections, null);
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
     }
@@ -1197,15 +1296,10 @@ internal sealed class Proxy
         _log.Start();
         try
         {
-            _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Open(_log)));
-            Bind();
-            WriteFiles();
-            _account?.Become();
-            _supervisor.Start();
-            Orphans.Adopt();
-            _acceptors.ForEach(acceptor => _ = acceptor.RunAsync());
-            _pools.ForEach(pool => pool.StartChecks());
-            _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
+            lock (_changing)
+            {
+                PutInForce(_settings);
+            }
             _supervisor.Ready();
             await _stopping.Task;
             _supervisor.Stopping();
@@ -1214,8 +1308,8 @@ internal sealed class Proxy
         finally
         {
             StopAccepting();
-            _files.ForEach(WholeFile.Remove);
-            _settings.Routes.ForEach(route => route.Taps.ForEach(tap => tap.Close()));
+            Array.ForEach([.. _files.Keys], WholeFile.Remove);
+            _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
         }
 
@@ -1234,12 +1328,62 @@ internal sealed class Proxy
         _stopping.TrySetResult();
     }
 
-    /// <summary>Reads again what others write: the lists of access rules.</summary>
-    internal void Reload()
+    /// <summary>HUP: reads the file and the lists of access rules again, and applies the difference, or nothing where anything is
+    /// wrong: false then. <paramref name="words"/> is what the log says of it. A dry run only says what would be different.</summary>
+    internal bool Reload(out string words, bool isDry = false)
     {
-        _supervisor.Reloading();
-        Array.ForEach([.. _settings.AccessFiles.Values], file => file.Reload(_log));
-        _supervisor.Ready();
+        lock (_changing)
+        {
+            string[] outcome;
+            LogLevel level = LogLevel.Info;
+            bool isTold = !isDry && _routes.Count > 0 && !_stopping.Task.IsCompleted;
+            if (isTold)
+            {
+                _supervisor.Reloading();
+            }
+
+            try
+            {
+                outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
+                    : throw new IOException("this process starts or stops");
+            }
+            catch (Exception e) when (e is FormatException or IOException)
+            {
+                (level, outcome) = (LogLevel.Error, [$"{e.Message}; nothing has changed"]);
+            }
+
+            if (!isDry)
+            {
+                Array.ForEach(outcome, line => _log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
+            }
+
+            if (isTold)
+            {
+                _supervisor.Ready();
+            }
+
+            words = string.Join('\n', outcome);
+            return level == LogLevel.Info;
+        }
+    }
+
+    private string[] Change(bool isDry)
+    {
+        List<AccessFile> lists = [.. _settings.AccessFiles.Values];
+        string[] difference = [lists.Count == 0 ? "there is no --config file to be read again" : "the lists are read again"];
+        if (_settings.ConfigFile is not null)
+        {
+            Settings next = _read(_settings);
+            next.Captures.Rotate = _settings.Captures.Rotate;
+            difference = Difference.Between(_settings, next);
+            if (!isDry)
+            {
+                PutInForce(next);
+            }
+        }
+
+        lists.FindAll(list => !isDry && _settings.AccessFiles.ContainsValue(list)).ForEach(list => list.Reload(_log));
+        return difference;
     }
 
     /// <summary>What then still waits for a name server is left behind.</summary>
@@ -1252,65 +1396,178 @@ internal sealed class Proxy
 
     // ---- start and end
 
-    private void Bind()
+    /// <summary>The routes of <paramref name="next"/> instead of those in force: at the start there are none. What may fail
+    /// comes first.</summary>
+    /// <exception cref="IOException">it cannot be: nothing has changed</exception>
+    private void PutInForce(Settings next)
     {
-        ConnectionLimit processLimit = new(_settings.MaxConnections, null);
-        List<TimeSpan> bounds = [_settings.DrainTimeout, _supervisor.Bound];
-        foreach (RouteSettings settings in _settings.Routes)
+        List<Route> routes = [];
+        List<TapSettings> opened = [];
+        List<Acceptor> acceptors = [];
+        List<Acceptor> left = [.. _acceptors];
+        List<Action> listening = [];
+        RouteSettings?[] before = Difference.Pair(next.Routes, _routes.ConvertAll(route => route.Settings));
+        try
         {
-            Route route = new(settings, processLimit, _log);
-            _pools.AddRange(route.Pools);
-            BridgeSettings bridge = settings.Bridge;
-            int first = _acceptors.Count;
-            bounds.AddRange(settings.Pool.Check, settings.Pool.Queue > 0 ? settings.Pool.QueueTimeout : TimeSpan.Zero);
-            bounds.AddRange(settings.Connect.Timeout, route.IsPlain ? TimeSpan.Zero : settings.Preread.Timeout,
-                bridge.IdleTimeout, bridge.FinTimeout, bridge.MaxLifetime,
-                bridge.MaxBytesUp > 0 || bridge.MaxBytesDown > 0 ? bridge.QuotaGrace : TimeSpan.Zero);
-            try
+            foreach (RouteSettings settings in next.Routes)
             {
-                Acceptor.Bind(
-                    settings.Listen!, _log, (client, portIndex) => Accepted(route, portIndex, client), _acceptors);
-            }
-            catch (Exception e) when (e is SocketException or IOException)
-            {
-                throw new IOException($"route {route.Title}: cannot listen on {settings.Listen!.Text}: {Text.Reason(e)}"
-                    + (settings.Listen.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
-                        ? "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE" : ""));
+                Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
+                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, _limit, _log, old));
+                OpenTaps(routes[^1].Settings, opened);
             }
 
-            string bound = settings.Listen!.PortCount == 1 ? _acceptors[first].Address : settings.Listen.Text;
-            _log.Listening(route.Title, bound, string.Join(' ', settings.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
+            foreach (Route route in routes)
+            {
+                int first = acceptors.Count;
+                Bind(route, acceptors, left);
+                if (!_acceptors.Contains(acceptors[first]))
+                {
+                    listening.Add(() => Say(route.Settings, acceptors[first].Address));
+                }
+            }
+
+            WriteFiles(acceptors);
+        }
+        catch (IOException)
+        {
+            acceptors.FindAll(acceptor => !_acceptors.Contains(acceptor)).ForEach(acceptor => acceptor.Dispose());
+            opened.ForEach(tap => tap.Close());
+            throw;
         }
 
+        List<Route> gone = _routes.FindAll(route => !routes.Contains(route));
+        List<Route> added = routes.FindAll(route => !_routes.Contains(route));
+        lock (_used)
+        {
+            _used.AddRange(added);
+        }
+
+        if (_routes.Count == 0)
+        {
+            _account?.Become();
+            _supervisor.Start();
+            Orphans.Adopt();
+        }
+
+        List<TimeSpan> bounds = [next.DrainTimeout, _supervisor.Bound];
+        routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
+        _limit.Most = next.MaxConnections;
+        gone.ForEach(route => route.StopChecks());
+        added.ForEach(route => route.PutInForce());
+        acceptors.ForEach(acceptor => acceptor.Start());
+        left.ForEach(acceptor => acceptor.Dispose());
+        (_routes, _acceptors) = (routes, acceptors);
+        _settings.TakeOver(next, routes.ConvertAll(route => route.Settings));
+        _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
+        _ = RetireAsync(gone);
+        listening.ForEach(say => say());
+
+        void Say(RouteSettings route, string address) => _log.Listening(
+            route.Title, route.Listen!.PortCount == 1 ? address : route.Listen.Text,
+            string.Join(' ', route.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
     }
 
-    private void WriteFiles()
+    /// <summary>One that is open, for another route or the old one, serves.</summary>
+    private void OpenTaps(RouteSettings route, List<TapSettings> opened)
+    {
+        List<TapSettings> open = [.. opened];
+        lock (_used)
+        {
+            _used.ForEach(used => open.AddRange(used.Settings.Taps));
+        }
+
+        for (int i = 0; i < route.Taps.Count; i++)
+        {
+            if (open.Find(tap => tap.Is(route.Taps[i])) is { } known)
+            {
+                route.Taps[i] = known;
+            }
+            else
+            {
+                Open(route, route.Taps[i]);
+                opened.Add(route.Taps[i]);
+            }
+        }
+    }
+
+    private void Open(RouteSettings route, TapSettings tap)
+    {
+        try
+        {
+            tap.Open(_log);
+        }
+        catch (IOException e)
+        {
+            throw new IOException($"{route.At}{e.Message}");
+        }
+    }
+
+    private void Bind(Route route, List<Acceptor> acceptors, List<Acceptor> left)
+    {
+        ListenAddress address = route.Settings.Listen!;
+        try
+        {
+            Acceptor.Bind(address, _log, (client, portIndex) => Accepted(route, portIndex, client), acceptors, left);
+        }
+        catch (Exception e) when (e is SocketException or IOException)
+        {
+            throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}"
+                + (address.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
+                    ? "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE" : ""));
+        }
+    }
+
+    private void WriteFiles(List<Acceptor> acceptors)
     {
         StringBuilder ports = new();
-        _acceptors.ForEach(acceptor => ports.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
+        acceptors.ForEach(acceptor => ports.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
         Write(_settings.PidFile, $"{Environment.ProcessId}\n");
         Write(_settings.PortFile, ports.ToString());
 
+        // what stands there stays: it may be where only root could write (--user)
         void Write(string? path, string text)
         {
-            if (path is not null && WholeFile.Write(path, text))
+            if (path is not null && _files.GetValueOrDefault(path) != text && WholeFile.Write(path, text))
             {
-                _files.Add(path);
+                _files[path] = text;
+            }
+        }
+    }
+
+    private async Task RetireAsync(List<Route> routes)
+    {
+        await Task.Delay(Handover);
+        routes.ForEach(End);
+    }
+
+    /// <summary>A client of the route has gone. With the last one of one that is no longer in force go its taps.</summary>
+    private void End(Route route)
+    {
+        if (route.End())
+        {
+            lock (_used)
+            {
+                _used.Remove(route);
+                route.Settings.Taps.FindAll(tap => !_used.Exists(other => other.Settings.Taps.Contains(tap))).ForEach(
+                    tap => Task.Run(tap.Close)); // which may wait for its disk (rule 6)
             }
         }
     }
 
     private void StopAccepting()
     {
-        _acceptors.ForEach(acceptor => acceptor.Dispose());
-        _acceptors.Clear();
+        lock (_changing)
+        {
+            _acceptors.ForEach(acceptor => acceptor.Dispose());
+            _acceptors.Clear();
+        }
     }
 
     private async Task DrainAsync()
     {
         StopAccepting();
-        _pools.ForEach(pool => pool.StopChecks());
+        _routes.ForEach(route => route.StopChecks());
         if (!_settings.Once)
         {
             _log.Count(LogLevel.Info, "draining", "connections", Volatile.Read(ref _serving) - 1);
@@ -1351,6 +1608,7 @@ internal sealed class Proxy
             _stopping.TrySetResult();
         }
 
+        route.Begin();
         _ = ServeAsync(route, portIndex, client);
     }
 
@@ -1374,9 +1632,9 @@ internal sealed class Proxy
             AccessRules rules = route.Settings.Access; // (2)
             reason = rules.IsEmpty || route.Settings.Preread.IsSender(line.Client) ? null : rules.Refuse(line.Client);
             reason ??= route.TryEnter();
-            if (reason == CloseReason.LimitReached && route.Line is { } queue)
+            if (reason == CloseReason.LimitReached && route.Line.Most > 0)
             {
-                reason = await queue.EnterAsync(route.Limit.TryEnter, client);
+                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client);
             }
 
             isAdmitted = reason is null;
@@ -1555,7 +1813,86 @@ internal sealed class Proxy
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
+        End(route);
         Leave();
+    }
+}
+
+/// <summary>What a reload would change, from the words of the options: + and - before what comes and goes, ~ before what becomes
+/// another, ! before what only a restart changes.</summary>
+internal static class Difference
+{
+    internal static string[] Between(Settings old, Settings next)
+    {
+        List<string> lines = [];
+        RouteSettings?[] before = Pair(next.Routes, old.Routes);
+        lines.AddRange(old.Routes.FindAll(route => Array.IndexOf(before, route) < 0).ConvertAll(route => $"- {Listen(route)}"));
+        for (int i = 0; i < before.Length; i++)
+        {
+            RouteSettings route = next.Routes[i];
+            if (before[i] is not { } one)
+            {
+                lines.Add($"+ {Listen(route)}");
+            }
+            else if (Words(one.Choices, route.Choices) is { Count: > 0 } words)
+            {
+                lines.Add($"~ route {one.Title}: {string.Join(", ", words)}");
+            }
+        }
+
+        List<string> process = Words(old.Choices.FindAll(one => !one.IsLasting), next.Choices.FindAll(one => !one.IsLasting));
+        lines.AddRange(process.ConvertAll(words => $"~ {words}"));
+        List<string> ignored = Words(old.Choices.FindAll(one => one.IsLasting), next.Choices.FindAll(one => one.IsLasting));
+        lines.AddRange(ignored.Count == 0 ? [] : [$"! only a restart changes this: {string.Join(", ", ignored)}"]);
+        return lines.Count == 0 ? ["nothing is different"] : [.. lines];
+
+        static string Listen(RouteSettings route) => $"listen {route.Listen!.Text}" + (route.Name is null ? "" : $", route {route.Name}")
+            + (route.Choices.Find(choice => choice.Name == "listen") is { } listen ? $" ({listen.At})" : "");
+    }
+
+    /// <summary>The one of <paramref name="old"/> that each route goes on from: of the same title, or else at the same address.</summary>
+    internal static RouteSettings?[] Pair(List<RouteSettings> routes, List<RouteSettings> old)
+    {
+        RouteSettings?[] pairs = new RouteSettings?[routes.Count];
+        Match((one, other) => one.Title == other.Title && one.Listen!.Text == other.Listen!.Text);
+        Match((one, other) => one.Title == other.Title);
+        Match((one, other) => one.Listen!.Text == other.Listen!.Text);
+        return pairs;
+
+        void Match(Func<RouteSettings, RouteSettings, bool> isSame)
+        {
+            for (int i = 0; i < pairs.Length; i++)
+            {
+                pairs[i] ??= old.Find(one => isSame(one, routes[i]) && Array.IndexOf(pairs, one) < 0);
+            }
+        }
+    }
+
+    private static List<string> Words(List<Choice> old, List<Choice> next)
+    {
+        List<string> words = [];
+        List<Choice> removed = Without(old, next);
+        List<Choice> added = Without(next, old);
+        foreach (Choice one in removed)
+        {
+            Choice? other = added.Find(other => other.Name == one.Name && other.Value.Split(' ')[0] == one.Value.Split(' ')[0])
+                ?? (Count(removed, one) == 1 && Count(added, one) == 1 ? added.Find(other => other.Name == one.Name) : null);
+            words.Add(other is null ? $"{one.Name} {one.Value}".TrimEnd() + " removed" : $"{one.Name} {one.Value} -> {other.Value}");
+            added.RemoveAll(choice => choice == other);
+        }
+
+        added.ForEach(one => words.Add($"{one.Name} {one.Value}".TrimEnd() + " added"));
+        bool isMoved = words.Count == 0 && !Choice.AreSame(old, next, (one, choice) => one.Is(choice));
+        words.AddRange(isMoved ? ["the same in another order"] : []);
+        return words;
+
+        static int Count(List<Choice> choices, Choice like) => choices.FindAll(choice => choice.Name == like.Name).Count;
+    }
+
+    private static List<Choice> Without(List<Choice> choices, List<Choice> others)
+    {
+        List<Choice> left = [.. others];
+        return choices.FindAll(choice => !left.Remove(left.Find(choice.Is)!));
     }
 }
 
@@ -1589,7 +1926,8 @@ internal sealed class ExplainQuery
             {
                 new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(
                     pool => text.Append($"  {pool.Explain(_client)}\n"));
-                Array.ForEach([.. route.Explained], pair => text.Append($"  --{pair.Key} {pair.Value}\n"));
+                route.Choices.FindAll(choice => choice.Where.Length > 0 && choice.Group is "balance" or "limits").ForEach(
+                    choice => text.Append($"  --{choice.Name} {choice.Value}\n"));
             }
         }
 
@@ -1607,12 +1945,12 @@ internal static class ServiceText
     private static readonly string[] Makers = ["RuntimeDirectory", "LogsDirectory", "StateDirectory", "CacheDirectory"];
 
     /// <summary>The file, or the folder (which ends with a slash), that an option has us write.</summary>
-    internal static string[] Written(string option, string value) => option switch
+    private static string[] Written(Choice choice) => choice.Name switch
     {
-        "log-file" or "pid-file" or "port-file" => [value],
-        "record" => [$"{value}/"],
-        "pcap" when value != "-" => [value],
-        "control" when value.StartsWith("unix:", StringComparison.Ordinal) => [value["unix:".Length..]],
+        "log-file" or "pid-file" or "port-file" => [choice.Value],
+        "record" => [$"{choice.Value}/"],
+        "pcap" when choice.Value != "-" => [choice.Value],
+        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
         _ => [],
     };
 
@@ -1630,9 +1968,12 @@ internal static class ServiceText
 
     internal static string Unit(Settings settings, string program, string[] words)
     {
-        settings.Routes.ForEach(route => settings.Written.AddRange(
-            route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
-        List<string> paths = [.. settings.Written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
+        List<Choice> choices = [.. settings.Choices];
+        settings.Routes.ForEach(route => choices.AddRange(route.Choices));
+        List<string> written = [];
+        choices.ForEach(choice => written.AddRange(Written(choice)));
+        settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
+        List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
         string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
         paths = paths.ConvertAll(Path.GetFullPath);
         paths.AddRange([program, folder ?? program]);
@@ -1700,12 +2041,12 @@ internal static class ServiceText
         void AddFolders()
         {
             HashSet<string> known = [];
-            foreach (string path in settings.Written.ConvertAll(Path.GetFullPath))
+            foreach (string path in written.ConvertAll(Path.GetFullPath))
             {
-                string written = Path.GetDirectoryName(path) ?? "/";
-                int top = Array.FindIndex(Tops, top => written.StartsWith(top, StringComparison.Ordinal));
-                string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{written}", isProgram: true)}"
-                    : $"{Makers[top]}={Text.QuoteForSystemd(written[Tops[top].Length..], isProgram: true)}";
+                string parent = Path.GetDirectoryName(path) ?? "/";
+                int top = Array.FindIndex(Tops, top => parent.StartsWith(top, StringComparison.Ordinal));
+                string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{parent}", isProgram: true)}"
+                    : $"{Makers[top]}={Text.QuoteForSystemd(parent[Tops[top].Length..], isProgram: true)}";
                 Add(line, known.Add(line) ? "" : null);
             }
         }
@@ -1724,16 +2065,20 @@ internal sealed class Acceptor : IDisposable
     private const int Pause = 50; // ms between two looks at the backlog while out of descriptors
     private const int FreePortTries = 20; // to find one port that is free on both loopback addresses
 
-    private readonly Socket _socket; // owned; disposed by Dispose
-    private readonly string? _path; // of a unix socket that we made; removed by Dispose
-    private readonly int _portIndex;
-    private readonly Action<Socket, int> _accepted;
-    private readonly Log _log;
-    private volatile bool _isDisposed;
+    private static readonly List<string> Adopted = []; // descriptors
 
-    private Acceptor(Socket socket, string? path, int portIndex, bool isTwin, Log log, Action<Socket, int> accepted)
+    private readonly Socket _socket; // owned; disposed when accepting has stopped
+    private readonly string? _path; // of a unix socket that we made; removed by Dispose
+    private readonly string _key; // what was bound, as it was asked for
+    private readonly Log _log;
+    private readonly CancellationTokenSource _stopping = new();
+    private volatile Action<Socket> _accepted;
+    private Action<Socket> _next; // what Start puts in its place
+    private bool _isRunning;
+
+    private Acceptor(Socket socket, string key, string? path, bool isTwin, Log log, Action<Socket> accepted)
     {
-        (_socket, _path, _portIndex, IsTwin, _log, _accepted) = (socket, path, portIndex, isTwin, log, accepted);
+        (_socket, _key, _path, IsTwin, _log, _accepted, _next) = (socket, key, path, isTwin, log, accepted, accepted);
         Address = path is not null ? $"unix:{path}" : Text.Of(socket.LocalEndPoint);
     }
 
@@ -1742,10 +2087,27 @@ internal sealed class Acceptor : IDisposable
     /// <summary>The second socket of one listen address: [::1] beside 127.0.0.1 with the same port.</summary>
     internal bool IsTwin { get; }
 
+    /// <summary>Accepts from now on, or hands over from now on to whom <see cref="Bind"/> has named last.</summary>
+    internal void Start()
+    {
+        _accepted = _next;
+        if (!_isRunning)
+        {
+            _isRunning = true;
+            _ = RunAsync();
+        }
+    }
+
+    /// <summary>A socket that is closed while it accepts would be disconnected by the runtime, for those as well who share
+    /// it with us: so the accept ends first.</summary>
     public void Dispose()
     {
-        _isDisposed = true;
-        _socket.Dispose();
+        _stopping.Cancel();
+        if (!_isRunning)
+        {
+            Close();
+        }
+
         if (_path is not null)
         {
             WholeFile.Remove(_path);
@@ -1753,24 +2115,28 @@ internal sealed class Acceptor : IDisposable
     }
 
     /// <summary>Accepts until disposed; each client is handed over with its socket (rule 1).</summary>
-    internal async Task RunAsync()
+    private async Task RunAsync()
     {
-        for (int burst = 0; !_isDisposed; burst++)
+        for (int burst = 0; !_stopping.IsCancellationRequested; burst++)
         {
             try
             {
-                ValueTask<Socket> accepting = _socket.AcceptAsync(CancellationToken.None);
+                ValueTask<Socket> accepting = _socket.AcceptAsync(_stopping.Token);
                 burst = accepting.IsCompleted ? burst : 0;
                 Socket client = await accepting;
                 Exhaustion.Recovered(_log);
-                _accepted(client, _portIndex);
+                _accepted(client);
             }
-            catch (SocketException e) when (!_isDisposed && SocketErrors.IsExhausted(e.SocketErrorCode))
+            catch (OperationCanceledException)
+            {
+                break;
+            }
+            catch (SocketException e) when (SocketErrors.IsExhausted(e.SocketErrorCode))
             {
                 Exhaustion.RefuseWaiting(_socket, _log);
                 await Task.Delay(Pause);
             }
-            catch (Exception e) when (e is SocketException or ObjectDisposedException)
+            catch (SocketException)
             {
                 await Task.Delay(1); // this client has left before it was accepted; should it be more, no busy loop
             }
@@ -1781,37 +2147,41 @@ internal sealed class Acceptor : IDisposable
                 await Task.Yield(); // others of this event loop have their turn
             }
         }
+
+        Close();
+    }
+
+    private void Close()
+    {
+        _socket.Dispose();
+        _stopping.Dispose();
     }
 
     // ---- binding
 
-    /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>.</summary>
+    /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>, which hands over once it is started. One of
+    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it.</summary>
     /// <exception cref="SocketException">an address cannot be bound</exception>
     /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
     internal static void Bind(
-        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors)
+        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors, List<Acceptor>? old = null)
     {
         switch (address.Kind)
         {
             case AddressKind.Unix:
-                Add(BindUnix(address.Host), address.Host, 0);
+                Add(address.Text, () => [BindUnix(address.Host)], 0);
                 break;
             case AddressKind.Descriptor:
                 foreach (int descriptor in Descriptors.Inherited(address.Host))
                 {
-                    Add(Adopt(descriptor), null, 0);
+                    Add($"fd:{Text.Of(descriptor)}", () => [Adopt(descriptor)], 0);
                 }
 
                 break;
             case AddressKind.Loopback:
                 for (int i = 0; i < address.PortCount; i++)
                 {
-                    (Socket first, Socket? second) = BindLoopback(address.PortAt(i));
-                    Add(first, null, i);
-                    if (second is not null)
-                    {
-                        Add(second, null, i, isTwin: true);
-                    }
+                    Add($"localhost:{Text.Of(address.PortAt(i))}", () => BindLoopback(address.PortAt(i)), i);
                 }
 
                 break;
@@ -1820,23 +2190,39 @@ internal sealed class Acceptor : IDisposable
                 {
                     for (int i = 0; i < address.PortCount; i++)
                     {
-                        Add(BindTcp(host, address.PortAt(i)), null, i);
+                        Add($"{host}:{Text.Of(address.PortAt(i))}", () => [BindTcp(host, address.PortAt(i))], i);
                     }
                 }
 
                 break;
         }
 
-        void Add(Socket socket, string? path, int portIndex, bool isTwin = false)
+        void Add(string key, Func<Socket[]> bind, int portIndex)
         {
-            Acceptor acceptor = new(socket, path, portIndex, isTwin, log, accepted);
-            acceptors.Add(acceptor);
-            if (socket.AddressFamily != AddressFamily.Unix)
+            void HandOver(Socket client) => accepted(client, portIndex);
+
+            int first = old?.FindIndex(one => one._key == key) ?? -1;
+            if (first >= 0)
             {
-                SocketOptions.Relay(socket);
+                int count = first + 1 < old!.Count && old[first + 1].IsTwin ? 2 : 1;
+                old.GetRange(first, count).ForEach(one => one._next = HandOver);
+                acceptors.AddRange(old.GetRange(first, count));
+                old.RemoveRange(first, count);
+                return;
             }
 
-            socket.Listen(Backlog);
+            Socket[] sockets = bind();
+            foreach (Socket socket in sockets)
+            {
+                acceptors.Add(new Acceptor(
+                    socket, key, address.Kind == AddressKind.Unix ? address.Host : null, socket != sockets[0], log, HandOver));
+                if (socket.AddressFamily != AddressFamily.Unix)
+                {
+                    SocketOptions.Relay(socket);
+                }
+
+                socket.Listen(Backlog);
+            }
         }
 
         static IPAddress[] Addresses(string host) =>
@@ -1866,18 +2252,18 @@ internal sealed class Acceptor : IDisposable
     }
 
     /// <summary>A bare port is loopback, and a client that says localhost may mean either family.</summary>
-    private static (Socket First, Socket? Second) BindLoopback(int port)
+    private static Socket[] BindLoopback(int port)
     {
         for (int i = 1; ; i++)
         {
             Socket first = BindTcp(IPAddress.Loopback, port);
             try
             {
-                return (first, BindTcp(IPAddress.IPv6Loopback, ((IPEndPoint)first.LocalEndPoint!).Port));
+                return [first, BindTcp(IPAddress.IPv6Loopback, ((IPEndPoint)first.LocalEndPoint!).Port)];
             }
             catch (SocketException e) when (e.SocketErrorCode != SocketError.AddressAlreadyInUse)
             {
-                return (first, null); // no IPv6 here
+                return [first]; // no IPv6 here
             }
             catch (SocketException) when (port == 0 && i < FreePortTries)
             {
@@ -1934,9 +2320,15 @@ internal sealed class Acceptor : IDisposable
     {
         try
         {
+            if (Adopted.Contains(Text.Of(descriptor)))
+            {
+                throw new IOException($"descriptor {descriptor} was taken before; what has its number now may be another's");
+            }
+
             Socket socket = new(new SafeSocketHandle(descriptor, ownsHandle: true));
-            return socket.SocketType == SocketType.Stream ? socket
-                : throw new IOException($"descriptor {descriptor} is not a stream socket");
+            Adopted.Add(socket.SocketType == SocketType.Stream ? Text.Of(descriptor)
+                : throw new IOException($"descriptor {descriptor} is not a stream socket"));
+            return socket;
         }
         catch (SocketException e)
         {
@@ -2096,17 +2488,16 @@ internal sealed class AccessRule
     private readonly List<AccessList> _own = []; // where there is no file
     private readonly Schedule? _schedule; // of all that stands in the file
 
-    /// <summary>Files that other rules have read stand in <paramref name="files"/>, by their paths.</summary>
+    /// <summary>Files are read by <paramref name="fileOf"/>, which may know them.</summary>
     /// <exception cref="FormatException">it is no rule, or its file is wrong</exception>
-    internal AccessRule(bool isAllow, string text, string where, Dictionary<string, AccessFile> files)
+    internal AccessRule(bool isAllow, string text, string where, Func<string, AccessFile> fileOf)
     {
         (IsAllow, _words) = (isAllow, $"rule {where} {text}");
         if (text.StartsWith('@'))
         {
             string[] words = text.Split((char[])[' ', '\t'], 2);
-            string path = Text.FileName(words[0][1..]);
             _schedule = Schedule.Parse(words.Length > 1 ? words[1] : "");
-            _file = files.TryGetValue(path, out AccessFile? known) ? known : files[path] = new AccessFile(path);
+            _file = fileOf(Text.FileName(words[0][1..]));
         }
         else
         {
@@ -2190,6 +2581,8 @@ internal sealed class AccessFile
     private const int Largest = 128 << 20; // bytes
     private const int Large = 1 << 20; // worth a collection of what reading it has left, and of the list before
 
+    private static AccessFile[] _watched = [];
+
     private readonly Lock _gate = new();
     private List<AccessList> _lists = []; // replaced as a whole
     private long _read; // its state when it was read
@@ -2206,10 +2599,11 @@ internal sealed class AccessFile
     internal string Path { get; }
     internal List<AccessList> Lists => Volatile.Read(ref _lists);
 
-    /// <summary>Looks after them for ever, on threads that may block.</summary>
+    /// <summary>Looks after them until it is called again, on threads that may block.</summary>
     internal static async Task WatchAsync(AccessFile[] files, Log log)
     {
-        while (files.Length > 0)
+        _watched = files;
+        while (files.Length > 0 && _watched == files)
         {
             await Task.Delay(Pause);
             Array.ForEach(files, file => file.Look(log));
@@ -2377,10 +2771,12 @@ internal sealed class WindowedBridge(
     }
 }
 
-/// <summary>At most <paramref name="most"/> at once (0 = any number), here and in all that encloses it.</summary>
+/// <summary>At most so many at once (0 = any number), here and in all that encloses it.</summary>
 internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
 {
     private int _count;
+
+    internal int Most { get; set; } = most;
 
     internal bool TryEnter()
     {
@@ -2388,7 +2784,7 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
         do
         {
             count = Volatile.Read(ref _count);
-            if (most != 0 && count >= most)
+            if (Most is int most && most != 0 && count >= most)
             {
                 return false;
             }
@@ -2470,6 +2866,11 @@ internal sealed class AddressTable(LimitSettings settings, string route, Log log
     private readonly ulong _secret = (ulong)Random.Shared.NextInt64() | 1;
     private readonly ulong _otherSecret = (ulong)Random.Shared.NextInt64();
     private bool _isFull; // has been said
+
+    /// <summary>Whether it can go on under other settings: an address is the same there.</summary>
+    internal bool IsFor(LimitSettings next) => settings.Ip6Prefix == next.Ip6Prefix;
+
+    internal void Use(LimitSettings next, string title) => (settings, route) = (next, title);
 
     /// <summary>The place, which is given to <see cref="Leave"/> in the end; -1 for one who is refused or not counted.</summary>
     internal int TryEnter(EndPoint? client, long now, out CloseReason? refusal)
@@ -2707,7 +3108,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Active; // connections; changed by Interlocked
 
     internal Balancer Balancer { get; } = balancer;
-    internal UpstreamSettings Upstream { get; } = upstream;
+    internal UpstreamSettings Upstream { get; set; } = upstream;
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal string Title { get; set; } = ""; // for the log, and for Maglev
@@ -2721,7 +3122,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Fails { get; set; } // connects, while it is up
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
-    internal bool IsChecked { get; set; } // by a loop of its own
+    internal UpstreamPool? Checker { get; set; } // which has a loop for it
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -2738,7 +3139,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal void Leave()
     {
         Interlocked.Decrement(ref Active);
-        Balancer.Line?.Serve();
+        Balancer.Line.Serve();
     }
 }
 
@@ -2762,20 +3163,49 @@ internal sealed class Balancer(
     Log log)
 {
     private readonly Lock _gate = new();
-    private readonly long _failTimeout = (long)settings.FailTimeout.TotalMilliseconds;
     private readonly List<Server> _candidates = []; // of the choice that is being made
     private readonly List<Server> _known = []; // in use, or with connections that are older than what the name is now
     private Server[] _servers = []; // in use; replaced as a whole
     private int _changes = -1; // of Resolver.Changes, when they were made
     private ushort[] _table = []; // Maglev's, of places in _servers; empty = to be made
 
-    /// <summary>Where clients wait for room; null where there is no bound.</summary>
-    internal WaitingLine? Line { get; } = !Array.Exists(upstreams, upstream => upstream.MaxConnections > 0) ? null
-        : new WaitingLine(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
+    /// <summary>Where clients wait for room.</summary>
+    internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
 
+    private long FailTimeout => (long)settings.FailTimeout.TotalMilliseconds;
+
     // ---- the servers
+
+    /// <summary>A reload. A server whose address and name stay keeps its state.</summary>
+    internal void Use(
+        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource, string title)
+    {
+        lock (_gate)
+        {
+            List<UpstreamSettings> left = [.. upstreams]; // and those gone before which still have connections
+            _known.ForEach(server => left.AddRange(left.Contains(server.Upstream) ? [] : [server.Upstream]));
+            foreach (UpstreamSettings upstream in newUpstreams)
+            {
+                UpstreamSettings? same = left.Find(
+                    one => one.Address.Text == upstream.Address.Text && one.Title == upstream.Title);
+                left.Remove(same!);
+                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Upstream = upstream);
+            }
+
+            (upstreams, resolvers, settings, source, route) = (newUpstreams, newResolvers, newSettings, newSource, title);
+            (Line.Most, Line.Patience) = (settings.Queue, settings.QueueTimeout);
+            if (settings.Check == TimeSpan.Zero)
+            {
+                _known.FindAll(server => server.IsCheckedDown).ForEach(server => server.Until = 0); // clients find out
+            }
+
+            Volatile.Write(ref _changes, -1);
+        }
+
+        Update();
+    }
 
     /// <summary>Takes over what look-ups have found. A server whose address stays keeps its state.</summary>
     internal void Update()
@@ -2800,7 +3230,7 @@ internal sealed class Balancer(
             Volatile.Write(ref _changes, changes);
         }
 
-        Line?.Serve();
+        Line.Serve();
     }
 
     /// <summary>One server, or one for each address of a name. Those of the source's family, where there are any.</summary>
@@ -2821,8 +3251,7 @@ internal sealed class Balancer(
         usable = usable.Length > 0 ? usable : all;
         foreach (EndPoint[] targets in resolver is null ? [usable] : Array.ConvertAll(usable, target => new[] { target }))
         {
-            Server? server = _known.Find(server => server.Upstream == upstream
-                && (resolver is null || server.Targets[0].Equals(targets[0])));
+            Server? server = _known.Find(server => server.Upstream == upstream && server.Targets.AsSpan().SequenceEqual(targets));
             if (server is null)
             {
                 _known.Add(server = new Server(this, upstream, resolver, targets));
@@ -2857,7 +3286,7 @@ internal sealed class Balancer(
                 Interlocked.Increment(ref server.Active);
                 if (server.IsDown && now >= server.Until)
                 {
-                    server.Until = now + _failTimeout; // this client tries it for all
+                    server.Until = now + FailTimeout; // this client tries it for all
                 }
             }
 
@@ -3016,10 +3445,10 @@ internal sealed class Balancer(
             {
                 Turn(server, isDown: false, "connected", now);
             }
-            else if (settings.MaxFails > 0 && _failTimeout > 0 && _servers.Length > 1)
+            else if (settings.MaxFails > 0 && FailTimeout > 0 && _servers.Length > 1)
             {
                 server.Fails = now <= server.Until ? server.Fails + 1 : 1;
-                server.Until = now + _failTimeout;
+                server.Until = now + FailTimeout;
                 Turn(server, server.IsDown || server.Fails >= settings.MaxFails, failure.Words, now);
             }
         }
@@ -3158,6 +3587,8 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     private readonly LinkedList<Waiter> _waiters = []; // under itself, as all below it
     private int _holding; // of them: who is not picky
 
+    internal int Most { get; set; } = most;
+    internal TimeSpan Patience { get; set; } = patience;
     internal int Count => _waiters.Count;
 
     /// <summary>Whoever comes now has to wait as well.</summary>
@@ -3169,7 +3600,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     internal Task<CloseReason?> EnterAsync(
         Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(patience));
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience));
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -3178,7 +3609,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     {
         lock (_waiters)
         {
-            if (_waiters.Count >= most)
+            if (_waiters.Count >= Most)
             {
                 waiter.Outcome.SetResult(full);
                 return;
@@ -3257,15 +3688,31 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log, UpstreamPool? old = null)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => Resolver.For(upstream.Address, connect, route, log));
+        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
+    private UpstreamPool? _old = old; // until it is in force
     private volatile bool _isChecking;
+
+    /// <summary>From now on servers that the old one had as well go by its settings; checks begin.</summary>
+    internal void PutInForce()
+    {
+        Array.ForEach(_resolvers, resolver => resolver?.Use(connect, route));
+        for (int i = 0; i < _balancers.Length && _old?._balancers.Length == _balancers.Length; i++)
+        {
+            _balancers[i] = _old._balancers[i];
+            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source, route);
+        }
+
+        _old = null;
+        _isChecking = settings.Check > TimeSpan.Zero;
+        _ = _isChecking ? CheckAllAsync() : null;
+    }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
     /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
@@ -3286,7 +3733,7 @@ internal sealed class UpstreamPool(
         List<Server>? tried = null;
         for (int retries = connect.Retries; ; deadline = Watched.Deadline(connect.Timeout))
         {
-            bool isFull = balancer.Line is { IsHeldUp: true } && tried is null;
+            bool isFull = balancer.Line.IsHeldUp && tried is null;
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
@@ -3350,6 +3797,9 @@ internal sealed class UpstreamPool(
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
+    private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
+        && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3367,7 +3817,7 @@ internal sealed class UpstreamPool(
         Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
     {
         Server? server = null;
-        CloseReason? refusal = await balancer.Line!.EnterAsync(
+        CloseReason? refusal = await balancer.Line.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
             client, tried is not null, hasSpoken);
         return (server, refusal);
@@ -3422,15 +3872,6 @@ internal sealed class UpstreamPool(
 
     // ---- active checks
 
-    internal void StartChecks()
-    {
-        if (settings.Check > TimeSpan.Zero)
-        {
-            _isChecking = true;
-            _ = CheckAllAsync();
-        }
-    }
-
     internal void StopChecks() => _isChecking = false;
 
     /// <summary>Begins to check each server, now and whenever the look-up of a name has found new ones.</summary>
@@ -3441,7 +3882,7 @@ internal sealed class UpstreamPool(
             await Resolver.RefreshAsync(_resolvers, Watched.Deadline(connect.Timeout));
             for (int i = 0; i < _balancers.Length; i++)
             {
-                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && !one.IsChecked))
+                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && one.Checker != this))
                 {
                     _ = CheckAsync(server);
                 }
@@ -3455,9 +3896,9 @@ internal sealed class UpstreamPool(
     private async Task CheckAsync(Server server)
     {
         int interval = (int)settings.Check.TotalMilliseconds;
-        server.IsChecked = true;
+        server.Checker = this;
         await Task.Delay(Random.Shared.Next(interval));
-        while (_isChecking && Array.IndexOf(server.Balancer.Servers, server) >= 0)
+        while (_isChecking && server.Checker == this && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
             CloseReason? failure = await ProbeAsync(server);
             if (_isChecking)
@@ -3468,7 +3909,7 @@ internal sealed class UpstreamPool(
             await Task.Delay(interval - (interval / 10) + Random.Shared.Next((interval / 5) + 1));
         }
 
-        server.IsChecked = false;
+        server.Checker = server.Checker == this ? null : server.Checker;
     }
 
     private async Task<CloseReason?> ProbeAsync(Server server)
@@ -3558,6 +3999,8 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     internal IPAddress[] Addresses => _addresses;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
+
+    internal void Use(ConnectSettings settings, string title) => (keep, route) = (settings.Resolve, title);
 
     /// <summary>Null for what needs no look-up.</summary>
     internal static Resolver? For(UpstreamAddress address, ConnectSettings settings, string route, Log log) =>
@@ -3848,10 +4291,17 @@ internal sealed class BridgeSettings
 }
 
 /// <summary>The rates of a route at run time: buckets of its own, which its connections share.</summary>
-internal sealed class Rates(BridgeSettings settings)
+internal sealed class Rates(BridgeSettings settings, Rates? old = null)
 {
-    private readonly ByteRate[] _up = ByteRate.Of(settings.RateTotalUp);
-    private readonly ByteRate[] _down = ByteRate.Of(settings.RateTotalDown);
+    private readonly ByteRate[] _up = ByteRate.Of(settings.RateTotalUp, old?._up);
+    private readonly ByteRate[] _down = ByteRate.Of(settings.RateTotalDown, old?._down);
+
+    /// <summary>Buckets that older connections share as well get its rates.</summary>
+    internal void PutInForce()
+    {
+        Array.ForEach(_up, bucket => bucket.Rate = settings.RateTotalUp);
+        Array.ForEach(_down, bucket => bucket.Rate = settings.RateTotalDown);
+    }
 
     /// <summary>For the pump from the client of a new connection. What echo gets it also gives.</summary>
     internal Throttle? Up(Socket client, bool isEcho) => Throttle.Of(
@@ -4557,7 +5007,7 @@ internal sealed class Throttle : IValueTaskSource<int>
     }
 }
 
-/// <summary>A token bucket: <paramref name="rate"/> bytes a second, given out in slices of 10 ms in the order of the line,
+/// <summary>A token bucket: so many bytes a second, given out in slices of 10 ms in the order of the line,
 /// so that those who share it have equal parts. It holds what comes in 50 ms, which makes up for a late wake-up.</summary>
 internal sealed class ByteRate(long rate)
 {
@@ -4568,12 +5018,14 @@ internal sealed class ByteRate(long rate)
     private double _bytes;
     private long _filledAt = Stopwatch.GetTimestamp();
 
+    internal long Rate { get; set; } = rate;
+
     /// <summary>None where there is no bound.</summary>
-    internal static ByteRate[] Of(long rate) => rate == 0 ? [] : [new ByteRate(rate)];
+    internal static ByteRate[] Of(long rate, ByteRate[]? old = null) => rate == 0 ? [] : old is [_] ? old : [new ByteRate(rate)];
 
     internal ValueTask<int> TakeAsync(Throttle throttle, int most)
     {
-        int wanted = (int)Math.Min(most, Math.Max(1, rate / Slices));
+        int wanted = (int)Math.Min(most, Math.Max(1, Rate / Slices));
         lock (_line)
         {
             Fill();
@@ -4628,8 +5080,8 @@ internal sealed class ByteRate(long rate)
     private void Fill()
     {
         long now = Stopwatch.GetTimestamp();
-        double most = Math.Max(1, (double)rate / Depths);
-        _bytes = Math.Min(most, _bytes + ((double)(now - _filledAt) / Stopwatch.Frequency * rate));
+        double most = Math.Max(1, (double)Rate / Depths);
+        _bytes = Math.Min(most, _bytes + ((double)(now - _filledAt) / Stopwatch.Frequency * Rate));
         _filledAt = now;
     }
 }
@@ -4701,6 +5153,9 @@ internal abstract class TapSettings
     }
 
     internal abstract void AddTo(Conversation conversation);
+
+    /// <summary>What is open for the one serves the other.</summary>
+    internal virtual bool Is(TapSettings other) => other == this;
 
     /// <summary>It has to do with that direction.</summary>
     internal virtual bool IsOn(bool isUp) => true;
@@ -4985,6 +5440,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
     private const int Largest = 64 << 10; // bytes of a chunk
     private const int Patience = 5000; // ms for one chunk
 
+    private readonly string _folder = folder;
     private readonly SemaphoreSlim _room = new(Chunks);
     private readonly BlockingCollection<Action?> _due = []; // null is the last
     private Log? _log;
@@ -4997,12 +5453,12 @@ internal sealed class RecordSettings(string folder) : TapSettings
     {
         try
         {
-            string probe = Path.Combine(folder, $".tcpproxy-{Text.Of(Environment.ProcessId)}");
+            string probe = Path.Combine(_folder, $".tcpproxy-{Text.Of(Environment.ProcessId)}");
             new FileStream(probe, FileMode.CreateNew, FileAccess.Write, FileShare.None, 1, FileOptions.DeleteOnClose).Dispose();
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
-            throw new IOException($"--record: cannot write to {folder}: {Text.Reason(e)}");
+            throw new IOException($"--record: cannot write to {_folder}: {Text.Reason(e)}");
         }
 
         _log = log;
@@ -5019,6 +5475,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
         _writer?.Join(Patience);
     }
 
+    internal override bool Is(TapSettings other) => other is RecordSettings record && record._folder == _folder;
+
     internal override void AddTo(Conversation conversation)
     {
         Recording recording = new(conversation);
@@ -5034,7 +5492,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
             {
                 if (_isFailing != 0 || seen == _written)
                 {
-                    GiveUp(recording, $"{folder} does not answer");
+                    GiveUp(recording, $"{_folder} does not answer");
                     return;
                 }
             }
@@ -5097,7 +5555,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
     private void Create(Recording recording)
     {
         string name = recording.Name;
-        while (File.Exists(Path.Combine(folder, $"ds_{name}.log")))
+        while (File.Exists(Path.Combine(_folder, $"ds_{name}.log")))
         {
             name = $"{recording.Name}_{Text.Of(++_number)}";
         }
@@ -5108,8 +5566,8 @@ internal sealed class RecordSettings(string folder) : TapSettings
             options.UnixCreateMode = UnixFileMode.UserRead | UnixFileMode.UserWrite;
         }
 
-        recording.Files = [new FileStream(Path.Combine(folder, $"ds_{name}.log"), options)];
-        recording.Files = [.. recording.Files, new FileStream(Path.Combine(folder, $"us_{name}.log"), options)];
+        recording.Files = [new FileStream(Path.Combine(_folder, $"ds_{name}.log"), options)];
+        recording.Files = [.. recording.Files, new FileStream(Path.Combine(_folder, $"us_{name}.log"), options)];
     }
 }
 
@@ -5251,6 +5709,8 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             // it gets on
         }
     }
+
+    internal override bool Is(TapSettings other) => other is Capture capture && capture.File == File;
 
     internal override void AddTo(Conversation conversation)
     {
@@ -7523,8 +7983,11 @@ internal static class Sweep
             least = bound > TimeSpan.Zero ? Math.Min(least, bound.TotalMilliseconds) : least;
         }
 
-        _interval = Math.Max(Shortest, (int)least / 8);
-        new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
+        bool isFirst = Interlocked.Exchange(ref _interval, Math.Max(Shortest, (int)least / 8)) == 0;
+        if (isFirst)
+        {
+            new Thread(Run, 128 << 10) { IsBackground = true, Name = "sweep" }.Start();
+        }
     }
 
     internal static void Add(Watched watched)

@@ -116,7 +116,7 @@ public sealed class AccessOracleTests : EndToEndTest
         Parallel.For(0, Lists, new ParallelOptions { MaxDegreeOfParallelism = 8, CancellationToken = TestContext.Current.CancellationToken }, i =>
         {
             AccessRules rules = new();
-            lists[i].ForEach(rule => rules.Add(new AccessRule(rule.IsAllow, rule.Who, "", [])));
+            lists[i].ForEach(rule => rules.Add(new AccessRule(rule.IsAllow, rule.Who, "", new Settings().AccessFileOf)));
             Random random = new(i);
             EndPoint to = listener(i);
             for (int n = 0; n < addresses; n++)

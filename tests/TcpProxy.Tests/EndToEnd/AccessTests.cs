@@ -364,8 +364,8 @@ public sealed class AccessTests : EndToEndTest
             route web
               allowed: no rule matches
               server: ONE, by the client's address, of 10.0.0.1:80 weight=2, 10.0.0.2:80, 10.0.0.3:80 backup
-              --max-connections 100
               --balance source
+              --max-connections 100
               --max-connections-per-ip 5
 
             route 127.0.0.1:7002

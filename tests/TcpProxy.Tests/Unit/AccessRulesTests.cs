@@ -309,10 +309,10 @@ public sealed class AccessRulesTests : IDisposable
     {
         string file = Write("list", "10.0.0.1\n");
         AccessRules rules = new();
-        Dictionary<string, AccessFile> files = [];
-        rules.Add(new AccessRule(isAllow: false, $"@{file} sun UTC", "--deny", files));
-        rules.Add(new AccessRule(isAllow: true, $"@{file}", "--allow", files));
-        AccessFile read = Assert.Single(files).Value;
+        Settings settings = new();
+        rules.Add(new AccessRule(isAllow: false, $"@{file} sun UTC", "--deny", settings.AccessFileOf));
+        rules.Add(new AccessRule(isAllow: true, $"@{file}", "--allow", settings.AccessFileOf));
+        AccessFile read = Assert.Single(settings.AccessFiles).Value;
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         Write("list", "10.0.0.2\n");
         Assert.True(rules.Judge(EndPointOf("10.0.0.1"), Noon).IsAllowed);
@@ -449,7 +449,7 @@ public sealed class AccessRulesTests : IDisposable
     internal static EndPoint EndPointOf(string client) =>
         client == "unix" ? new UnixDomainSocketEndPoint("/x") : new IPEndPoint(IPAddress.Parse(client), 1234);
 
-    private static AccessRule Rule(string verb, string text) => new(verb == "allow", text, $"--{verb}", []);
+    private static AccessRule Rule(string verb, string text) => new(verb == "allow", text, $"--{verb}", new Settings().AccessFileOf);
 
     /// <summary>"deny 10.0.0.0/8; allow all"</summary>
     private static AccessRules Rules(string text)
