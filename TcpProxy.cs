@@ -8241,18 +8241,20 @@ internal sealed class SocketPair
 }
 
 /// <summary>stdout and stderr. A native executable calls write(2): System.Console would bring the terminal database
-/// and the encodings along (0.2 MB).</summary>
+/// and the encodings along (0.2 MB), send a terminal its own codes, and let a stdout that nobody reads hold up stderr.</summary>
 internal static class StandardStream
 {
     internal const int Output = 1;
     internal const int Error = 2;
+
+    private static readonly Stream?[] Files = new Stream?[Error + 1]; // never closed
 
     /// <summary>False when nobody reads it, or its disk is full.</summary>
     internal static bool TryWrite(int stream, ReadOnlySpan<byte> bytes)
     {
         if (!OperatingSystem.IsLinux() || RuntimeFeature.IsDynamicCodeSupported)
         {
-            return TryWriteConsole(stream, bytes);
+            return TryWriteFile(stream, bytes);
         }
 
         // Started with it closed, the number belongs to a descriptor of the runtime's own, which is close-on-exec.
@@ -8281,15 +8283,22 @@ internal static class StandardStream
         return true;
     }
 
-    private static bool TryWriteConsole(int stream, ReadOnlySpan<byte> bytes)
+    private static bool TryWriteFile(int stream, ReadOnlySpan<byte> bytes)
     {
         try
         {
-            using Stream console = stream == Output ? Console.OpenStandardOutput() : Console.OpenStandardError();
-            console.Write(bytes);
+            Stream file = Files[stream] ??=
+                !OperatingSystem.IsWindows() ? new FileStream(new SafeFileHandle(stream, ownsHandle: false), FileAccess.Write, 0)
+                : stream == Output ? Console.OpenStandardOutput() : Console.OpenStandardError();
+            if (file.CanSeek)
+            {
+                file.Seek(0, SeekOrigin.End); // others write there as well
+            }
+
+            file.Write(bytes);
             return true;
         }
-        catch (IOException)
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
             return false;
         }
@@ -8365,11 +8374,24 @@ internal static class SocketOptions
         }
     }
 
-    /// <summary>An error waits to be received, a reset above all. Poll's SelectError would also find urgent data.</summary>
+    /// <summary>An error waits to be received, a reset above all. Poll's SelectError would also find urgent data. Without libc
+    /// the error is taken: who asks ends the connection for it.</summary>
     internal static bool HasFailed(Socket socket)
     {
-        Libc.PollDescriptor poll = new() { Descriptor = (int)socket.Handle };
-        return Libc.IsThere && Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0;
+        Libc.PollDescriptor poll = new() { Descriptor = Libc.IsThere ? (int)socket.Handle : -1 };
+        return Libc.IsThere ? Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0 : TakeError(socket);
+
+        static bool TakeError(Socket socket)
+        {
+            try
+            {
+                return socket.GetSocketOption(SocketOptionLevel.Socket, SocketOptionName.Error) is not 0;
+            }
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
+            {
+                return false;
+            }
+        }
     }
 
     /// <summary>It was reset, or has ended without a byte that was not received yet.</summary>

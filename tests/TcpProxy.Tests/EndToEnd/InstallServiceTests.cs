@@ -35,6 +35,7 @@ public sealed class InstallServiceTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task Rights_follow_from_what_is_asked_for()
     {
+        Tool.NeedLibc("--user");
         string low = File.ReadAllText(await Unit(":80", "echo", "--user", "www-data:adm", "--drain-timeout", "2m"));
         Assert.Contains("\nAmbientCapabilities=CAP_NET_BIND_SERVICE\n", low, StringComparison.Ordinal);
         Assert.Contains("\nUser=www-data\nGroup=adm\n", low, StringComparison.Ordinal);
