@@ -170,6 +170,31 @@ public sealed class UserTests : EndToEndTest
         await (await Given.Client(proxy)).Ask("hello");
     }
 
+    [Fact(Timeout = Quick)]
+    public async Task A_reload_binds_what_the_user_may_bind_and_says_what_it_may_not()
+    {
+        NeedRoot();
+        string config = Given.Write("conf", "listen 127.0.0.1:0\nupstream echo\n");
+        string folder = Directory.CreateDirectory(Given.Path("its")).FullName;
+        (await Tool.Run("sh", "-c", $"chmod 711 {Given.Folder} && chmod 644 {config} && chown nobody {folder}")).Good();
+        Launch launch = new() { PortFile = $"{folder}/ports" };
+        ProxyProcess proxy = await Given.Proxy(launch, "-c", config, "--user", "nobody", "--pid-file", Given.Path("pid"));
+        proxy.Tolerate("reload");
+        int port = Enumerable.Range(600, 200).First(IsFree);
+        File.WriteAllText(config, $"listen 127.0.0.1:0\nupstream echo\nlisten 127.0.0.1:{port}\nupstream echo\n");
+        proxy.Signal(SigHup);
+        LogLine refused = await proxy.Line("reload");
+        Assert.Equal("error", refused["level"]);
+        Assert.EndsWith($"cannot listen on 127.0.0.1:{port}: permission denied; ports below 1024 are for root, or for "
+            + "CAP_NET_BIND_SERVICE; nothing has changed", refused["message"], StringComparison.Ordinal);
+        File.WriteAllText(config, "listen 127.0.0.1:0\nupstream echo\nlisten 127.0.0.1:0\nname second\nupstream echo\n");
+        proxy.Signal(SigHup);
+        LogLine added = await proxy.Line("listening", l => l["route"] == "second");
+        await Wait.Until(() => File.ReadAllLines(proxy.PortFilePath).Length == 2, "the second address in the port file");
+        Assert.Equal(added["listen"], File.ReadAllLines(proxy.PortFilePath)[1]);
+        await (await Given.Client(proxy)).Ask("hello");
+    }
+
     private static string Status(ProxyProcess proxy) => File.ReadAllText($"/proc/{proxy.Id}/status");
 
     private static void NeedRoot()
