@@ -68,7 +68,7 @@
 //
 //    1 PROGRAM     Main, exit status, signals
 //    2 OPTIONS     the one table; command line and file to settings; help
-//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
+//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
 //    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
@@ -134,6 +134,8 @@ internal static class Program
                 Command.InstallService => Print(ServiceText.Of(settings, args)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                Command.Control => Tell(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout),
+                Command.ReloadDryRun => DryRun(settings),
                 _ => await RunAsync(settings, args),
             };
         }
@@ -153,10 +155,12 @@ internal static class Program
         Descriptors.RaiseLimit();
         Account? account = settings.User is { } user ? new Account(user) : null;
         account?.Prepare(); // before there are other threads
-        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running));
+        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running)) { Version = Help.Version };
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
+        using PosixSignalRegistration? reopen = Signals.OfUser(1, proxy.Reopen);
+        using PosixSignalRegistration? tell = Signals.OfUser(2, proxy.TellState);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
@@ -175,6 +179,27 @@ internal static class Program
                 Thread.Sleep(Timeout.Infinite); // the process would be ended when this returns: Main returns when it has drained
             }
         }
+    }
+
+    /// <summary>Only the running process knows what it runs with.</summary>
+    private static int DryRun(Settings settings)
+    {
+        string path = settings.Control is { Kind: AddressKind.Unix } control ? control.Host : throw new IOException(
+            "--reload-dry-run: the running process is asked by its --control unix:PATH, and there is none in this configuration");
+        try
+        {
+            return Tell(path, "reload dry-run", settings.WaitTimeout);
+        }
+        catch (IOException e)
+        {
+            throw new IOException($"--reload-dry-run: no running process answers: {e.Message["--ctl: ".Length..]}");
+        }
+    }
+
+    private static int Tell(string path, string command, TimeSpan patience)
+    {
+        (string answer, bool isError) = ControlClient.Ask(path, command, patience);
+        return Print(answer) == ExitStatus.Done && !isError ? ExitStatus.Done : ExitStatus.Failed;
     }
 
     private static int Print(string text) =>
@@ -439,14 +464,39 @@ internal sealed class Option(
             (s, _, v) => s.Seed = Units.ParseCount(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
-            "Log as text (logfmt), json (the same keys) or off.",
-            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
-        new("log-file", '\0', "FILE", "observe", Scope.Process, "",
-            "Append the log to FILE instead of stderr.",
-            (s, _, v) => s.Log.File = Text.FileName(v)),
+            "Log as text (logfmt), json (the same keys), haproxy (connections as by option tcplog, in local time; the rest is "
+            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off")),
+        new("log-file", '\0', "FILE|unix:PATH", "observe", Scope.Process, "",
+            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the unix "
+            + "socket at PATH, and connect again when that is gone.",
+            (s, _, v) => s.Log.SetFile(v)),
         new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("log-long", '\0', "TIME", "observe", Scope.Live, "1h",
+            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with what "
+            + "has passed so far.",
+            (s, _, v) => s.Log.Long = Units.ParseTime(v)),
+        new("log-skip-empty", '\0', "", "observe", Scope.Live, "",
+            "Do not log connections that clients end before a byte has passed either way: probes.",
+            (s, _, _) => s.Log.SkipsEmpty = true),
+        new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
+            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
+            + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
+            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } address ? address
+                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH")),
+        new("ctl", '\0', "PATH COMMAND...", "observe", Scope.CommandLine, "",
+            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
+            + "or 1 when it is an error, or has not come within --timeout.",
+            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
+
+        new("stats", '\0', "ADDR", "observe", Scope.Process, "",
+            "Serve at ADDR, over HTTP, a live page of routes, servers and connections (/), /metrics for Prometheus, /stats.json, and "
+            + "/healthz: 200, or 503 while draining or when a route has no server up. A port alone is loopback only. Whoever can "
+            + "connect can see all of it.",
+            (s, _, v) => s.Stats = ListenAddress.Parse(v) is { PortCount: 1 } address ? address
+                : throw new FormatException($"'{v}' is a range; one port is enough")),
 
         new("config", 'c', "FILE", "run", Scope.CommandLine, "",
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
@@ -455,6 +505,11 @@ internal sealed class Option(
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
+        new("reload-dry-run", '\0', "", "run", Scope.CommandLine, "",
+            "Print what HUP would change in the running process, and exit: 0, or 1 when none answers at the --control of this "
+            + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! before "
+            + "what only a restart changes.",
+            (s, _, _) => s.Command = Command.ReloadDryRun),
         new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
             + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
@@ -496,7 +551,7 @@ internal sealed class Option(
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
             (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
         new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
-            "How long --wait-for waits.",
+            "How long --wait-for and --ctl wait.",
             (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
         new("quiet", 'q', "", "run", Scope.Live, "",
             "Log warnings and errors only.",
@@ -572,7 +627,13 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain or Command.InstallService)
+        else if (settings.Command == Command.Control)
+        {
+            settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
+                : throw new FormatException("--ctl: no command follows; 'help' lists them");
+        }
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain
+            or Command.InstallService)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -609,6 +670,11 @@ internal static class CommandLine
             else if (word[1] == '-')
             {
                 ReadLong(word, words, typed);
+                if (typed[^1].Option.Name == "ctl")
+                {
+                    positional.AddRange(words); // the command, whatever it looks like
+                    return;
+                }
             }
             else
             {
@@ -875,6 +941,7 @@ internal static class Help
           tcpproxy [DEFAULTS] -l LISTEN -u UPSTREAM... [OPTIONS] [-l ...]      many routes
           tcpproxy -c FILE [OPTIONS]                                           the same options from a file
           tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
+          tcpproxy --ctl PATH COMMAND...                                       tell a running proxy something
 
         """;
 
@@ -953,7 +1020,8 @@ internal static class Help
 
 // == 3  PROXY =======================================================================================================
 // Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
-// ends: no more accepting, bridges finish in time, the last lines are written.
+// ends: no more accepting, bridges finish in time, the last lines are written. A reload is a start among what runs: all that
+// may fail is done beside it, then Acceptors hand over to new Routes, which go on with what the old ones have counted.
 
 /// <summary>What the command line asks for.</summary>
 internal enum Command
@@ -963,9 +1031,11 @@ internal enum Command
     FullHelp,
     Version,
     CheckConfig,
+    ReloadDryRun,
     Explain,
     InstallService,
     WaitFor,
+    Control,
 }
 
 /// <summary>An option that holds: as it was typed and where, or its default, which was typed nowhere. What is lasting holds from
@@ -997,12 +1067,16 @@ internal sealed class Settings(Settings? running = null)
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal string ControlPath { get; set; } = ""; // of --ctl
+    internal string ControlCommand { get; set; } = "";
+    internal ListenAddress? Control { get; set; }
     internal ExplainQuery? Explain { get; set; }
     internal List<Choice> Choices { get; private set; } = []; // of the process
     internal List<RouteSettings> Routes { get; private set; } = [];
     internal Dictionary<string, AccessFile> AccessFiles { get; private set; } = []; // of all routes, by their paths
     internal string Where { get; set; } = ""; // the option that is being applied was typed
     internal LogSettings Log { get; } = new();
+    internal ListenAddress? Stats { get; set; }
     internal CaptureSettings Captures { get; } = new();
     internal int MaxConnections { get; set; } // over all routes; 0 = off
     internal TimeSpan DrainTimeout { get; set; }
@@ -1020,7 +1094,7 @@ internal sealed class Settings(Settings? running = null)
     internal void TakeOver(Settings next, List<RouteSettings> routes)
     {
         (Routes, AccessFiles, MaxConnections, DrainTimeout) = (routes, next.AccessFiles, next.MaxConnections, next.DrainTimeout);
-        Log.Level = next.Log.Level;
+        (Log.Level, Log.Long, Log.SkipsEmpty) = (next.Log.Level, next.Log.Long, next.Log.SkipsEmpty);
         Choices = [.. Choices.FindAll(choice => choice.IsLasting), .. next.Choices.FindAll(choice => !choice.IsLasting)];
     }
 }
@@ -1145,6 +1219,8 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
+        settings.Bridge.Log = log;
+        Stats = old?.Stats ?? new RouteStats(Title);
         Limit = old?.Limit ?? new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = old?.Line ?? new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
         Refusals = new Refusals(Title, log);
@@ -1161,7 +1237,7 @@ internal sealed class Route
             {
                 UpstreamPool? before = old?.PoolOf(upstream.ServerNames) is { } one && !taken.Contains(one) ? one : null;
                 UpstreamPool pool = new([.. settings.Upstreams.FindAll(one => Group(one) == group)],
-                    settings.Pool, settings.Connect, Title, log, before);
+                    settings.Pool, settings.Connect, Stats, log, before);
                 taken.AddRange(before is null ? [] : [before]);
                 Pools.Add(pool);
                 Pool = group.Length == 0 ? pool : Pool;
@@ -1177,6 +1253,7 @@ internal sealed class Route
 
     internal RouteSettings Settings { get; }
     internal string Title { get; }
+    internal RouteStats Stats { get; }
     internal ConnectionLimit Limit { get; }
     internal WaitingLine Line { get; } // for room among the connections
     internal Refusals Refusals { get; }
@@ -1206,7 +1283,8 @@ internal sealed class Route
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
     {
-        Limit.Most = Settings.MaxConnections;
+        Stats.Title = Title;
+        Limit.Most = _old?.Settings.MaxConnections == Settings.MaxConnections ? Limit.Most : Settings.MaxConnections;
         (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
         Addresses?.Use(Settings.Limits, Title);
         Rates?.PutInForce();
@@ -1242,6 +1320,22 @@ internal sealed class Route
     private UpstreamPool? PoolOf(string[]? names) => names is null ? Pool
         : Array.Find(names, name => _named.ContainsKey(Key(name))) is { } known ? _named[Key(known)] : null;
 
+    internal void Bound(int most)
+    {
+        Limit.Most = most;
+        Line.Serve();
+    }
+
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal RouteStats Look()
+    {
+        List<ServerStats> servers = [];
+        int queued = Line.Count;
+        Pools.ForEach(pool => queued += pool.Look(servers));
+        (Stats.Servers, Stats.Queued, Stats.MaxConnections) = (servers, queued, Limit.Most);
+        return Stats;
+    }
+
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
     {
@@ -1255,16 +1349,14 @@ internal sealed class Route
     }
 }
 
-internal sealed class Proxy
+internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
-
     private const int Handover = 1000; // ms in which a client may still come to a route that is no longer in force
 
     private readonly Settings _settings; // as a reload leaves them
     private readonly Func<Settings, Settings> _read; // what was typed, and the file as it is now
     private readonly Log _log;
-    private readonly ConnectionLimit _limit; // over all routes
     private readonly Lock _changing = new(); // held while what follows changes
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
@@ -1272,8 +1364,10 @@ internal sealed class Proxy
     private readonly Dictionary<string, string> _files = []; // written by us, so ours to remove; and what
     private readonly Account? _account; // to be
     private readonly Supervisor _supervisor;
+    private readonly List<Acceptor> _own = []; // --stats, --control; owned; disposed at the end, so that one can look while it drains
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly Func<int> _count; // of the connections
     private int _serving = 1; // connections, and one for the accept loops as long as they run
     private int _signals;
     private int _onceTaken;
@@ -1284,10 +1378,23 @@ internal sealed class Proxy
         (_settings, _account, _read) = (settings, account, read);
         _supervisor = new Supervisor(() => $"{Text.Count(_routes.Count, "route")}, "
             + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
-        _limit = new ConnectionLimit(settings.MaxConnections, null);
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
+        _count = () => Volatile.Read(ref _serving) - 1;
+        Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
+
+    public required string Version { get; init; }
+    public DateTime StartedAt { get; } = DateTime.UtcNow;
+    public bool IsDraining => _stopping.Task.IsCompleted;
+
+    internal ConnectionLimit Limit { get; }
+    internal List<Route> Routes => _routes;
+    internal Settings Settings => _settings;
+    internal Log Log => _log;
+    internal int Listeners => _acceptors.Count;
+
+    public List<RouteStats> Look() => _routes.ConvertAll(route => route.Look());
 
     /// <summary>Binds, serves, drains. False when --once was asked for and its connection failed.</summary>
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
@@ -1298,7 +1405,10 @@ internal sealed class Proxy
         {
             lock (_changing)
             {
+                StatsServer? stats = BindOwn();
                 PutInForce(_settings);
+                stats?.Start();
+                _own.ForEach(acceptor => acceptor.Start());
             }
             _supervisor.Ready();
             await _stopping.Task;
@@ -1308,6 +1418,7 @@ internal sealed class Proxy
         finally
         {
             StopAccepting();
+            _own.ForEach(acceptor => acceptor.Dispose());
             Array.ForEach([.. _files.Keys], WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
@@ -1386,6 +1497,31 @@ internal sealed class Proxy
         return difference;
     }
 
+    /// <summary>For those who rotate logs.</summary>
+    internal void Reopen() => _log.Reopen();
+
+    /// <summary>Says in words how things stand.</summary>
+    internal void TellState()
+    {
+        int most = 1000; // lines of servers
+        _log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
+            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(_log.DroppedInAll, "line")} of the log dropped{(IsDraining ? ", draining" : "")}");
+        foreach (RouteStats route in Look())
+        {
+            _log.State(Text.Count(route.Current, "connection") + (route.Queued > 0 ? $", {route.Queued} waiting" : "")
+                + (route.MaxConnections > 0 ? $", at most {route.MaxConnections}" : ""), route.Title);
+            most -= route.Servers.Count;
+            route.Servers[..Math.Clamp(most + route.Servers.Count, 0, route.Servers.Count)].ForEach(server => _log.State(
+                $"server {server.Title} is {server.State}, {Text.Count(server.Current, "connection")}"
+                    + (server.Weight == 1 ? "" : $", weight {server.Weight}") + (server.IsBackup ? ", backup" : ""), route.Title));
+        }
+
+        if (most < 0)
+        {
+            _log.State($"and {Text.Count(-most, "server")} more");
+        }
+    }
+
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
     {
@@ -1412,7 +1548,7 @@ internal sealed class Proxy
             foreach (RouteSettings settings in next.Routes)
             {
                 Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
-                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, _limit, _log, old));
+                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, _log, old));
                 OpenTaps(routes[^1].Settings, opened);
             }
 
@@ -1449,10 +1585,10 @@ internal sealed class Proxy
             Orphans.Adopt();
         }
 
-        List<TimeSpan> bounds = [next.DrainTimeout, _supervisor.Bound];
+        List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long, _supervisor.Bound];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
-        _limit.Most = next.MaxConnections;
+        Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
         gone.ForEach(route => route.StopChecks());
         added.ForEach(route => route.PutInForce());
         acceptors.ForEach(acceptor => acceptor.Start());
@@ -1515,6 +1651,36 @@ internal sealed class Proxy
             throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}"
                 + (address.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
                     ? "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE" : ""));
+        }
+    }
+
+    private StatsServer? BindOwn()
+    {
+        StatsServer? stats = null;
+        if (_settings.Stats is { } address)
+        {
+            stats = new StatsServer(this, _log);
+            BindOwn("--stats", address, stats.Accepted, isPrivate: false);
+            _log.Event(LogLevel.Info, "stats", _own[0].Address);
+        }
+
+        if (_settings.Control is { } path)
+        {
+            BindOwn("--control", path, new ControlServer(words => ControlCommand.Answer(this, words), _log).Accepted, isPrivate: true);
+        }
+
+        return stats;
+    }
+
+    private void BindOwn(string option, ListenAddress address, Action<Socket> accepted, bool isPrivate)
+    {
+        try
+        {
+            Acceptor.Bind(address, _log, (client, _) => accepted(client), _own, isPrivate: isPrivate);
+        }
+        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"{option}: cannot listen on {address.Text}: {Text.Reason(e)}");
         }
     }
 
@@ -1615,7 +1781,7 @@ internal sealed class Proxy
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Title);
+        ConnectionLine line = _settings.Log.Format == LogFormat.Haproxy ? new HaproxyLine(route.Stats, _count) : new ConnectionLine(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1623,6 +1789,7 @@ internal sealed class Proxy
         Conversation? taps = null;
         try
         {
+            route.Stats.Accepted();
             line.Client = client.RemoteEndPoint;
             if (_log.Has(LogLevel.Debug))
             {
@@ -1634,7 +1801,7 @@ internal sealed class Proxy
             reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line.Most > 0)
             {
-                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client);
+                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line);
             }
 
             isAdmitted = reason is null;
@@ -1644,6 +1811,7 @@ internal sealed class Proxy
                 return;
             }
 
+            route.Stats.Entered();
             using FirstBytes? first = route.IsPlain ? null : new FirstBytes();
             reason = first is null ? null : await ReadFirstAsync(route, client, line, first);
             if (reason is null && route.Addresses is { } addresses)
@@ -1658,12 +1826,12 @@ internal sealed class Proxy
             }
 
             connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
-                portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
+                portIndex, line, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server);
+                line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1673,8 +1841,8 @@ internal sealed class Proxy
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge, line)
-                    : RelayTappedAsync(route, connection, bridge, line, taps);
+                _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
+                    : RelayTappedAsync(route, connection.Place!, bridge, taps);
                 return;
             }
 
@@ -1719,33 +1887,33 @@ internal sealed class Proxy
         BridgeSettings settings = route.Settings.Bridge;
         AccessRules access = route.Settings.Access;
         return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line.Client, client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps)
-            : new Bridge(client, connection.Socket, kind, settings, line.BytesUp, route.Rates, taps);
+            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
+            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private async Task RelayAsync(Route route, Server server, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, ConnectionLine line, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Server server, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge, line);
+        Ended(route, server, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge, ConnectionLine line)
+    private void Ended(Route route, Server server, Bridge bridge)
     {
-        connection.Release();
-        (line.BytesUp, line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, line, bridge.Reason!);
+        server.Leave();
+        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
+        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -1763,7 +1931,7 @@ internal sealed class Proxy
         }
 
         return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
-            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}") : null);
+            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name") : null);
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -1797,6 +1965,8 @@ internal sealed class Proxy
             route.Leave();
         }
 
+        line.Ended(reason);
+        route.Stats.Ended(line, reason, isAdmitted);
         if (reason.Error is { } error)
         {
             _log.Event(LogLevel.Error, "internal-error", error.ToString());
@@ -1808,8 +1978,7 @@ internal sealed class Proxy
         }
         else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            line.Ended(reason.Code, reason.Words); // (8)
-            _log.Ended(line);
+            _log.Ended(line); // (8)
         }
 
         _onceFailed = _settings.Once && reason != CloseReason.Done;
@@ -1894,6 +2063,401 @@ internal static class Difference
         List<Choice> left = [.. others];
         return choices.FindAll(choice => !left.Remove(left.Find(choice.Is)!));
     }
+}
+
+/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
+/// with HAProxy's sentence for it.</summary>
+internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
+{
+    private const int Margin = 56; // where help starts
+    private const int HeaviestWeight = 256;
+    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
+    private const string Columns = // of HAProxy 2.6
+        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
+        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
+        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
+        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
+        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
+        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
+        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
+        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
+        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
+        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
+        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
+        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
+        + "h1_spliced_bytes_out";
+    private static readonly ControlCommand[] Table =
+    [
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
+        new("reload", "[dry-run]", "read the file again, and apply (or say) what is different", Reload),
+        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
+        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
+        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
+        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
+        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
+        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
+        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "names of the routes", ShowRoutes),
+        new("show info", "", "about the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
+        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
+        new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
+        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
+        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
+        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
+        new("prompt", "", "stay connected, with a prompt; or no longer"),
+        new("quit", "", "disconnect"),
+    ];
+
+    private readonly string[] _words = words.Split(' ');
+    private readonly Func<Proxy, string[], string>? _answer = answer;
+
+    private string Words { get; } = words;
+    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
+
+    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
+    internal static string Answer(Proxy proxy, string[] words)
+    {
+        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+    }
+
+    private static FormatException Unknown(string[] words)
+    {
+        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
+        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
+    }
+
+    private static string List(string start)
+    {
+        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
+    }
+
+    // ---- what is named
+
+    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
+
+    private static FormatException None(string what, string name, List<string> known)
+    {
+        string? near = Text.Nearest(name, [.. known]);
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
+    }
+
+    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
+    {
+        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
+        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
+    }
+
+    private static List<Server> ServersOf(Route route)
+    {
+        List<Server> servers = [];
+        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
+        return servers;
+    }
+
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
+    private static List<Server> ServersOf(Proxy proxy, string[] words)
+    {
+        string name = At(words, 0);
+        int slash = name.IndexOf('/', StringComparison.Ordinal);
+        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
+        routes = routes.Count > 0 ? routes
+            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
+        List<Server> found = [];
+        List<string> known = [];
+        foreach (Route route in routes)
+        {
+            List<Server> servers = ServersOf(route);
+            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+            found.AddRange(servers.FindAll(server =>
+                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
+        }
+
+        return found.Count > 0 ? found : throw None("server", name, known);
+    }
+
+    private static int Count(string[] words, int index, string expected) =>
+        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
+        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
+
+    // ---- to change
+
+    private static string SetServer(Proxy proxy, string[] words)
+    {
+        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        return At(words, 1) switch
+        {
+            "weight" => SetWeight(proxy, words, 2),
+            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
+            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
+            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+        };
+    }
+
+    private static string Put(Proxy proxy, string[] words, ServerMode mode)
+    {
+        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
+        return "";
+    }
+
+    private static string GetWeight(Proxy proxy, string[] words) =>
+        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
+
+    private static string SetWeight(Proxy proxy, string[] words, int index)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        bool isPercent = At(words, index).EndsWith('%');
+        int number = Count(Array.ConvertAll(words, word => word.TrimEnd('%')), index, "Require <weight> or <weight%>.");
+        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
+            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
+        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
+        return "";
+
+        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
+    }
+
+    private static string SetServerLimit(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        int most = Count(words, 1, "Require <maxconn>.");
+        servers.ForEach(server => server.Balancer.Bound(server, most));
+        return "";
+    }
+
+    private static string SetRouteLimit(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
+            : throw new FormatException("A frontend name is expected.");
+        int most = Count(words, 1, "Integer value expected.");
+        routes.ForEach(route => route.Bound(most));
+        return "";
+    }
+
+    private static string SetLimit(Proxy proxy, string[] words)
+    {
+        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
+        proxy.Routes.ForEach(route => route.Line.Serve());
+        return "";
+    }
+
+    private static string Reload(Proxy proxy, string[] words)
+    {
+        bool isDry = words is ["dry-run"];
+        return words.Length > 0 && !isDry ? throw new FormatException("'reload' and 'reload dry-run' are all there is.")
+            : proxy.Reload(out string outcome, isDry) ? outcome : throw new FormatException(outcome);
+    }
+
+    // ---- connections
+
+    private static List<Bridge> Sessions(string? id = null)
+    {
+        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
+        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
+        List<Bridge> sessions = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
+            {
+                sessions.Add(bridge);
+            }
+        }
+
+        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return sessions;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
+        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
+        foreach (Bridge bridge in sessions)
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            string route = Word(line.RouteStats.Title);
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
+                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
+            : throw new FormatException("Session pointer expected (use 'show sess')."));
+        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
+        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
+        return "";
+    }
+
+    // ---- to look at
+
+    private static string ShowInfo(Proxy proxy, string[] words)
+    {
+        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
+        long files = Descriptors.Limit;
+        (long connections, long bytes) = (0, 0);
+        new Totals(proxy).Routes.ForEach(route =>
+            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
+        return $"""
+            Name: tcpproxy
+            Version: {TcpProxy.Help.Version}
+            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
+            Nbproc: 1
+            Process_num: 1
+            Pid: {Environment.ProcessId}
+            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
+            Uptime_sec: {Seconds(proxy.StartedAt)}
+            Ulimit-n: {files}
+            Maxsock: {files}
+            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
+            Hard_maxconn: {files / 2}
+            CurrConns: {proxy.Limit.Count}
+            CumConns: {connections}
+            node: {Environment.MachineName}
+            Stopping: {(proxy.IsDraining ? 1 : 0)}
+            Listeners: {proxy.Listeners}
+            DroppedLogs: {proxy.Log.DroppedInAll}
+            TotalBytesOut: {bytes}
+            Start_time_sec: {(long)(proxy.StartedAt - DateTime.UnixEpoch).TotalSeconds}
+
+            """;
+    }
+
+    private static string ShowRoutes(Proxy proxy, string[] words) =>
+        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
+
+    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
+    private static string ShowServers(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
+            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
+            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
+            + "srv_agent_port\n");
+        foreach (Route route in routes)
+        {
+            int id = 0;
+            foreach (Server server in ServersOf(route))
+            {
+                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
+                string check = !server.IsChecked ? "1 0 2 0" : !server.IsDown ? "6 3 4 6" : "8 2 0 6";
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
+                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
+                    .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
+                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
+                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
+            }
+        }
+
+        return text.ToString();
+    }
+
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
+    /// is any.</summary>
+    private static string ShowStat(Proxy proxy, string[] words)
+    {
+        (int types, int only) = (-1, -1);
+        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
+        {
+            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
+        }
+
+        _ = new Totals(proxy); // which has all of them look
+        string[] columns = Columns.Split(',');
+        StringBuilder text = new($"# {Columns},\n");
+        List<Route> routes = proxy.Routes;
+        for (int i = 0; i < routes.Count; i++)
+        {
+            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
+            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
+            {
+                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
+                {
+                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
+                }
+            }
+        }
+
+        return text.ToString();
+    }
+
+    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
+    {
+        List<Dictionary<string, object>> rows = [];
+        RouteStats stats = route.Stats;
+        Add("FRONTEND", 0, 0, "OPEN", stats, "slim", Bound(route.Limit.Most), "stot", stats.Connections - stats.Refused,
+            "conn_tot", stats.Connections, "dcon", stats.Refused);
+        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
+        foreach (ServerStats server in stats.Servers)
+        {
+            bool isUsable = server.State == "up";
+            int share = server.Weight * server.Percent / 100;
+            connections += server.Connections;
+            weight += isUsable ? share : 0;
+            active += isUsable && !server.IsBackup ? 1 : 0;
+            backup += isUsable && server.IsBackup ? 1 : 0;
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
+                "slim", Bound(server.MaxConnections), "stot", server.Connections, "lbtot", server.Connections, "weight", share,
+                "uweight", server.Weight, "throttle", server.Percent < 100 ? server.Percent : "",
+                "act", server.IsBackup ? 0 : 1, "bck", server.IsBackup ? 1 : 0, "chkdown", server.Downs,
+                "lastchg", Seconds(server.Since), "last_chk", server.Check, "addr", server.Address,
+                "ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000);
+        }
+
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
+            "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
+            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
+        return rows;
+
+        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
+        {
+            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
+                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
+                .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
+                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
+            Dictionary<string, object> row = [];
+            for (int i = 0; i < cells.Length; i += 2)
+            {
+                row[(string)cells[i]] = cells[i + 1];
+            }
+
+            rows.Add(row);
+        }
+
+        static object Bound(int most) => most > 0 ? most : "";
+    }
+
+    private static string Cell(object? value)
+    {
+        string text = $"{value}";
+        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
+    }
+
+    /// <summary>A name between blanks.</summary>
+    private static string Word(string name) => name.Replace(' ', '_');
+
+    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
+
+    /// <summary>Its two largest units.</summary>
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
 }
 
 /// <summary>--explain: what would become of a client, and why.</summary>
@@ -2160,11 +2724,12 @@ internal sealed class Acceptor : IDisposable
     // ---- binding
 
     /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>, which hands over once it is started. One of
-    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it.</summary>
+    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it. The path
+    /// of a private one is its owner's.</summary>
     /// <exception cref="SocketException">an address cannot be bound</exception>
     /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
-    internal static void Bind(
-        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors, List<Acceptor>? old = null)
+    internal static void Bind(ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors,
+        List<Acceptor>? old = null, bool isPrivate = false)
     {
         switch (address.Kind)
         {
@@ -2212,13 +2777,17 @@ internal sealed class Acceptor : IDisposable
             }
 
             Socket[] sockets = bind();
+            string? path = address.Kind == AddressKind.Unix ? address.Host : null;
             foreach (Socket socket in sockets)
             {
-                acceptors.Add(new Acceptor(
-                    socket, key, address.Kind == AddressKind.Unix ? address.Host : null, socket != sockets[0], log, HandOver));
-                if (socket.AddressFamily != AddressFamily.Unix)
+                acceptors.Add(new Acceptor(socket, key, path, socket != sockets[0], log, HandOver));
+                if (path is null)
                 {
                     SocketOptions.Relay(socket);
+                }
+                else if (isPrivate && !OperatingSystem.IsWindows())
+                {
+                    File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite); // nobody can have connected yet
                 }
 
                 socket.Listen(Backlog);
@@ -2468,7 +3037,7 @@ internal sealed class AccessRules
     internal CloseReason? Refuse(EndPoint? client)
     {
         Verdict verdict = Judge(client, DateTime.UtcNow);
-        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true);
+        return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true, kind: "access rule");
     }
 }
 
@@ -2753,17 +3322,17 @@ internal sealed class Schedule
 /// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
 /// turns.</summary>
 internal sealed class WindowedBridge(
-    AccessRules rules, EndPoint? from, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed,
-    Rates? rates, Conversation? taps) : Bridge(client, upstream, kind, settings, passed, rates, taps)
+    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
+    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
 {
     private int _minute = DateTime.UtcNow.Minute;
 
     internal override bool Check(long now)
     {
         DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(from, utc) is { IsAllowed: false } verdict)
+        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
         {
-            Abort(new CloseReason("PD", $"window end: {verdict.Words}"));
+            Abort(new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end"));
         }
 
         _minute = utc.Minute;
@@ -2777,6 +3346,7 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
     private int _count;
 
     internal int Most { get; set; } = most;
+    internal int Count => Volatile.Read(ref _count);
 
     internal bool TryEnter()
     {
@@ -3014,6 +3584,8 @@ internal sealed class Refusals(string route, Log log) : Watched
 //     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
 //     up, down -- --check-fall failed checks (Checked) --> down until checks go well
 //     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
+//
+// What an administrator says of a server (--control) is no opinion: one that is out is not tried, whatever else there is.
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
@@ -3105,15 +3677,18 @@ internal sealed class PoolSettings
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
 internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
-    internal int Active; // connections; changed by Interlocked
+    internal ref int Active => ref Stats.Active;
 
     internal Balancer Balancer { get; } = balancer;
-    internal UpstreamSettings Upstream { get; set; } = upstream;
+    internal UpstreamSettings Upstream { get; private set; } = upstream;
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = ""; // for the log, and for Maglev
-    internal int Weight => Upstream.Weight;
-    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal ServerStats Stats { get; } = new(balancer.RouteStats);
+    internal string Title { get => Stats.Title; set => Stats.Title = value; } // for the log, and for Maglev
+    internal int Weight => OwnWeight ?? Upstream.Weight;
+    internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
+    internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal bool IsOut => Weight == 0 || Mode != ServerMode.Ready;
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
@@ -3123,6 +3698,18 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
     internal UpstreamPool? Checker { get; set; } // which has a loop for it
+    internal bool IsChecked => Checker is not null;
+    internal ServerMode Mode { get; set; } // an administrator's, as both below; null = as typed
+    internal int? OwnWeight { get; set; }
+    internal int? OwnMaxConnections { get; set; }
+
+    /// <summary>What an administrator said holds until the file says something else.</summary>
+    internal void Use(UpstreamSettings next)
+    {
+        OwnWeight = next.Weight == Upstream.Weight ? OwnWeight : null;
+        OwnMaxConnections = next.MaxConnections == Upstream.MaxConnections ? OwnMaxConnections : null;
+        Upstream = next;
+    }
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -3133,6 +3720,17 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
         double slow = Upstream.SlowStart.TotalMilliseconds;
         BackSince = now - BackSince >= slow ? 0 : BackSince;
         return BackSince == 0 ? 100 : Math.Max(1, (int)((now - BackSince) * 100 / slow));
+    }
+
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal ServerStats Look()
+    {
+        Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
+        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
+        (Stats.Current, Stats.IsChecked, Stats.Percent) = (Volatile.Read(ref Active), IsChecked, Percent(Environment.TickCount64));
+        Stats.State = Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
+            : IsDown ? "down" : Weight == 0 ? "drain" : "up";
+        return Stats;
     }
 
     /// <summary>A connection has ended; whoever waits in line has the place.</summary>
@@ -3152,15 +3750,16 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
+    internal Server? Place { get; } = server; // that has one for it
 
-    internal void Release() => server?.Leave();
+    internal void Release() => Place?.Leave();
 }
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
 /// for the moment of a choice, because the order of turns is shared by all who choose.</summary>
 internal sealed class Balancer(
-    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source, string route,
-    Log log)
+    UpstreamSettings[] upstreams, Resolver?[] resolvers, int portIndex, PoolSettings settings, IPAddress? source,
+    RouteStats route, Log log)
 {
     private readonly Lock _gate = new();
     private readonly List<Server> _candidates = []; // of the choice that is being made
@@ -3173,6 +3772,29 @@ internal sealed class Balancer(
     internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
+    internal RouteStats RouteStats { get; } = route;
+
+    /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        servers.AddRange(Array.ConvertAll(Servers, server => server.Look()));
+        for (int i = 0; i < upstreams.Length; i++)
+        {
+            if (resolvers[i] is { Addresses.Length: 0 } resolver)
+            {
+                servers.Add(new ServerStats(RouteStats)
+                {
+                    Title = $"{upstreams[i].Address.Host}:{Text.Of(upstreams[i].Address.PortAt(portIndex))}",
+                    Weight = upstreams[i].Weight,
+                    IsBackup = upstreams[i].IsBackup,
+                    State = resolver.HasFailed ? "down" : "up",
+                    LastFailure = resolver.HasFailed ? "name not resolved" : "",
+                });
+            }
+        }
+
+        return Line.Count;
+    }
 
     private long FailTimeout => (long)settings.FailTimeout.TotalMilliseconds;
 
@@ -3180,7 +3802,7 @@ internal sealed class Balancer(
 
     /// <summary>A reload. A server whose address and name stay keeps its state.</summary>
     internal void Use(
-        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource, string title)
+        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource)
     {
         lock (_gate)
         {
@@ -3191,10 +3813,10 @@ internal sealed class Balancer(
                 UpstreamSettings? same = left.Find(
                     one => one.Address.Text == upstream.Address.Text && one.Title == upstream.Title);
                 left.Remove(same!);
-                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Upstream = upstream);
+                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Use(upstream));
             }
 
-            (upstreams, resolvers, settings, source, route) = (newUpstreams, newResolvers, newSettings, newSource, title);
+            (upstreams, resolvers, settings, source) = (newUpstreams, newResolvers, newSettings, newSource);
             (Line.Most, Line.Patience) = (settings.Queue, settings.QueueTimeout);
             if (settings.Check == TimeSpan.Zero)
             {
@@ -3254,7 +3876,12 @@ internal sealed class Balancer(
             Server? server = _known.Find(server => server.Upstream == upstream && server.Targets.AsSpan().SequenceEqual(targets));
             if (server is null)
             {
+                List<Server> others = _known.FindAll(other => other.Upstream == upstream);
                 _known.Add(server = new Server(this, upstream, resolver, targets));
+                if (others.Count > 0 && others.TrueForAll(other => other.Mode == others[0].Mode))
+                {
+                    server.Mode = others[0].Mode; // a new address of a name that is out
+                }
             }
 
             server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
@@ -3271,7 +3898,7 @@ internal sealed class Balancer(
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ IsOut: false, MaxConnections: 0 } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -3306,7 +3933,7 @@ internal sealed class Balancer(
         {
             int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
                 : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
-            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
+            if (rank > best || server.IsOut || tried?.Contains(server) == true)
             {
                 continue;
             }
@@ -3400,7 +4027,7 @@ internal sealed class Balancer(
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.MaxConnections > 0)
         {
             return null;
         }
@@ -3409,7 +4036,7 @@ internal sealed class Balancer(
         lock (_gate)
         {
             racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
-                && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
+                && !other.IsOut && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
         return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
@@ -3417,7 +4044,7 @@ internal sealed class Balancer(
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
     internal bool HasOther(Server server, List<Server> tried) =>
-        Array.Exists(Servers, other => other.Upstream == server.Upstream && !tried.Contains(other));
+        Array.Exists(Servers, other => other.Upstream == server.Upstream && !other.IsOut && !tried.Contains(other));
 
     // ---- up and down
 
@@ -3425,6 +4052,11 @@ internal sealed class Balancer(
     internal void Dialled(Server server, CloseReason? failure, long now)
     {
         bool isTelling = IsTelling(server, failure);
+        if (failure is not null && isTelling)
+        {
+            server.Stats.Failed(failure);
+        }
+
         if (!server.IsDown && (failure is null || !isTelling))
         {
             return;
@@ -3464,8 +4096,14 @@ internal sealed class Balancer(
             return;
         }
 
+        server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
+            if (server.Mode == ServerMode.Maintenance)
+            {
+                return; // it was on its way
+            }
+
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
             if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
@@ -3493,8 +4131,52 @@ internal sealed class Balancer(
         {
             (server.IsDown, server.Fails) = (isDown, 0);
             server.BackSince = isDown || _servers.Length == 1 ? 0 : now;
-            log.ServerState(route, server.Title, !isDown, reason);
+            server.Stats.Turned(isDown);
+            log.ServerState(RouteStats.Title, server.Title, !isDown, reason);
         }
+    }
+
+    // ---- an administrator's words
+
+    /// <summary>Back from maintenance, in which nobody has looked at it, a server is up; the first check that fails says
+    /// otherwise.</summary>
+    internal void Put(Server server, ServerMode mode)
+    {
+        lock (_gate)
+        {
+            if (server.Mode == ServerMode.Maintenance && mode != ServerMode.Maintenance)
+            {
+                (server.IsDown, server.Until, server.Fails) = (false, 0, 0);
+                server.Contrary = server.IsChecked ? settings.CheckFall - 1 : 0;
+            }
+
+            if (server.Mode != mode)
+            {
+                log.ServerState(RouteStats.Title, server.Title, mode);
+                server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
+                server.Mode = mode;
+                server.Stats.Turned(isDown: false);
+            }
+        }
+
+        Line.Serve();
+    }
+
+    internal void Weigh(Server server, int weight)
+    {
+        lock (_gate)
+        {
+            server.OwnWeight = weight;
+            _table = [];
+        }
+
+        Line.Serve();
+    }
+
+    internal void Bound(Server server, int most)
+    {
+        server.OwnMaxConnections = most;
+        Line.Serve();
     }
 }
 
@@ -3596,11 +4278,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
-    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.</summary>
+    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.
+    /// Its log <paramref name="line"/> is told.</summary>
     internal Task<CloseReason?> EnterAsync(
-        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
+        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false, ConnectionLine? line = null)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience));
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience), line);
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -3616,6 +4299,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             }
 
             waiter.Node = _waiters.AddLast(waiter);
+            waiter.Told?.Queued(_waiters.Count);
             _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
@@ -3657,14 +4341,17 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
                 _waiters.Remove(node);
                 _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
+                waiter.Told?.Dequeued();
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline,
+        ConnectionLine? told = null) : Watched
     {
+        internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
         internal bool IsPicky { get; } = isPicky;
         internal LinkedListNode<Waiter>? Node { get; set; } // its place
@@ -3688,12 +4375,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, string route, Log log, UpstreamPool? old = null)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log, UpstreamPool? old = null)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
     private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route, log));
+        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route.Title, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private UpstreamPool? _old = old; // until it is in force
@@ -3702,11 +4389,11 @@ internal sealed class UpstreamPool(
     /// <summary>From now on servers that the old one had as well go by its settings; checks begin.</summary>
     internal void PutInForce()
     {
-        Array.ForEach(_resolvers, resolver => resolver?.Use(connect, route));
+        Array.ForEach(_resolvers, resolver => resolver?.Use(connect, route.Title));
         for (int i = 0; i < _balancers.Length && _old?._balancers.Length == _balancers.Length; i++)
         {
             _balancers[i] = _old._balancers[i];
-            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source, route);
+            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source);
         }
 
         _old = null;
@@ -3715,11 +4402,12 @@ internal sealed class UpstreamPool(
     }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
-    /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
-    /// looked at only to see whether it has left.</summary>
+    /// The log <paramref name="line"/> is told, and has the client's address for --balance source; its socket
+    /// <paramref name="client"/> is looked at only to see whether it has left.</summary>
     internal async ValueTask<Connection> ConnectAsync(
-        int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
+        int portIndex, ConnectionLine? line = null, Socket? client = null, bool hasSpoken = false)
     {
+        line?.Choosing();
         long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
         if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
@@ -3727,7 +4415,7 @@ internal sealed class UpstreamPool(
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(line?.Client) : 0;
         UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
         Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
@@ -3737,7 +4425,7 @@ internal sealed class UpstreamPool(
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
-                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken, line);
                 last = tried is null ? new Connection(only, failure: refusal) : last;
                 deadline = Watched.Deadline(connect.Timeout);
             }
@@ -3747,6 +4435,7 @@ internal sealed class UpstreamPool(
                 return last;
             }
 
+            line?.Tried(server.Stats);
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
             last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
@@ -3759,6 +4448,8 @@ internal sealed class UpstreamPool(
             {
                 return last;
             }
+
+            server.Stats.Retried();
         }
     }
 
@@ -3768,7 +4459,7 @@ internal sealed class UpstreamPool(
         long deadline = Watched.Deadline(timeout);
         using Log silent = new(new LogSettings { Format = LogFormat.Off });
         ConnectSettings connect = new() { Timeout = TimeSpan.FromSeconds(1) };
-        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, "", silent);
+        UpstreamPool pool = new([new UpstreamSettings(address)], new PoolSettings(), connect, new RouteStats(""), silent);
         Sweep.Start([connect.Timeout]);
         while (true)
         {
@@ -3800,6 +4491,30 @@ internal sealed class UpstreamPool(
     private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
         && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
 
+    /// <summary>Those there are now, of every port.</summary>
+    internal List<Server> Servers()
+    {
+        List<Server> servers = [];
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            servers.AddRange(BalancerOf(i).Servers);
+        }
+
+        return servers;
+    }
+
+    /// <summary>Adds its servers; returns how many clients wait for one.</summary>
+    internal int Look(List<ServerStats> servers)
+    {
+        int waiting = 0;
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            waiting += BalancerOf(i).Look(servers);
+        }
+
+        return waiting;
+    }
+
     private Balancer BalancerOf(int portIndex)
     {
         ref Balancer? place = ref _balancers[_balancers.Length == 1 ? 0 : portIndex];
@@ -3814,12 +4529,12 @@ internal sealed class UpstreamPool(
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
-        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken, ConnectionLine? line)
     {
         Server? server = null;
         CloseReason? refusal = await balancer.Line.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
-            client, tried is not null, hasSpoken);
+            client, tried is not null, hasSpoken, line);
         return (server, refusal);
     }
 
@@ -3828,6 +4543,7 @@ internal sealed class UpstreamPool(
     private async ValueTask<Connection> DialAsync(Server first, Server[]? racers, long deadline)
     {
         Server? winner = null;
+        long began = Stopwatch.GetTimestamp();
         try
         {
             if (first.Targets.Length == 0)
@@ -3861,6 +4577,7 @@ internal sealed class UpstreamPool(
         }
         finally
         {
+            winner?.Stats.Connected(Stopwatch.GetElapsedTime(began), Volatile.Read(ref winner.Active));
             if (winner != first)
             {
                 first.Leave();
@@ -3900,8 +4617,9 @@ internal sealed class UpstreamPool(
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && server.Checker == this && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
-            CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking)
+            bool isLookedAt = server.Mode != ServerMode.Maintenance;
+            CloseReason? failure = isLookedAt ? await ProbeAsync(server) : null;
+            if (_isChecking && isLookedAt)
             {
                 server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
@@ -3997,6 +4715,9 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     /// <summary>The last known ones.</summary>
     internal IPAddress[] Addresses => _addresses;
+
+    /// <summary>The last look-up did, and there are no addresses from before.</summary>
+    internal bool HasFailed => _addresses.Length == 0 && Volatile.Read(ref _answeredAt) > 0;
 
     internal bool IsFresh => Environment.TickCount64 < Volatile.Read(ref _freshUntil);
 
@@ -4276,6 +4997,7 @@ internal sealed class BridgeSettings
     internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
+    internal Log? Log { get; set; } // where a long connection is told
 
     /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
     internal TimeSpan QuotaGrace =>
@@ -4310,7 +5032,7 @@ internal sealed class Rates(BridgeSettings settings, Rates? old = null)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal class Bridge : PumpOwner
+internal class Bridge : PumpOwner, ISession
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -4332,15 +5054,15 @@ internal class Bridge : PumpOwner
     private long _unsent = -1; // bytes in the kernel's send queues when half of the limit had passed
     private bool _isProbed;
 
-    /// <summary>So many bytes of the client have already <paramref name="passed"/>.</summary>
+    /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, long passed = 0, Rates? rates = null,
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates = null,
         Conversation? taps = null)
     {
-        (_client, _upstream, _settings, _isEcho) = (client, upstream, settings, kind == AddressKind.Echo);
+        (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), passed, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
@@ -4357,8 +5079,9 @@ internal class Bridge : PumpOwner
         }
     }
 
-    internal long BytesUp => _up.Bytes;
-    internal long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
+    public ConnectionLine Line { get; }
+    public long BytesUp => _up.Bytes;
+    public long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
     /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
     internal Task Up { get; private set; } = Task.CompletedTask;
@@ -4402,7 +5125,7 @@ internal class Bridge : PumpOwner
         if (error is TapException { IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
-            Interlocked.CompareExchange(ref _reason, new CloseReason(end.Code, end.Message, isOrderly: true), null);
+            Interlocked.CompareExchange(ref _reason, OfTap(end), null);
             SocketOptions.ShutDown(_client, SocketShutdown.Both);
             SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
             Cancel();
@@ -4411,8 +5134,7 @@ internal class Bridge : PumpOwner
 
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? new CloseReason(tap.Code, tap.Message)
-                : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort(error is TapException tap ? OfTap(tap) : CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -4428,6 +5150,9 @@ internal class Bridge : PumpOwner
             Abort(reason);
         }
     }
+
+    private static CloseReason OfTap(TapException end) =>
+        new(end.Code, end.Message, end.IsOrderly, kind: end.Message.Split(' ')[0]);
 
     internal override void Release()
     {
@@ -4469,8 +5194,19 @@ internal class Bridge : PumpOwner
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
+    /// <summary>An administrator ends it.</summary>
+    internal void ShutDown() => Abort(CloseReason.ShutDown);
+
+    /// <summary>For how long the sweep has seen nothing move.</summary>
+    internal TimeSpan Quiet => TimeSpan.FromMilliseconds(Math.Max(0, Environment.TickCount64 - _quietSince));
+
     internal override bool Check(long now)
     {
+        if (_settings.Log is { } log && log.IsDue(now, _startedAt) && _reason is null)
+        {
+            log.Write(Line.Early(BytesUp, BytesDown));
+        }
+
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
@@ -7314,7 +8050,7 @@ internal sealed class FirstBytes : IDisposable
                 _buffer.AsSpan(_start, Length), out EndPoint? source, out EndPoint? destination, out string? wrong);
             if (wrong is not null)
             {
-                return new CloseReason("PR", wrong);
+                return new CloseReason("PR", wrong, kind: "wrong PROXY header");
             }
 
             (Source, Destination) = (source, destination);
@@ -7372,13 +8108,13 @@ internal sealed class FirstBytes : IDisposable
 
 // == 12  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
-// writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
-// counted, and the count is said when the reader is back.
+// writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
+// the queue are dropped, counted, and the count is said when the reader is back.
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
 internal sealed class CloseReason(
-    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null)
+    string code, string words, bool isOrderly = false, bool isWorthRetry = false, Exception? error = null, string? kind = null)
 {
     internal static readonly CloseReason Done = new("--", "done", isOrderly: true);
     internal static readonly CloseReason ClientReset = new("CD", "client reset");
@@ -7390,6 +8126,7 @@ internal sealed class CloseReason(
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason ShutDown = new("KD", "shut down by control");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
     internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
@@ -7410,6 +8147,9 @@ internal sealed class CloseReason(
 
     internal string Code { get; } = code;
     internal string Words { get; } = words;
+
+    /// <summary>The words that it is counted under: without what clients or rules put into them.</summary>
+    internal string Kind { get; } = kind ?? words;
     internal bool IsOrderly { get; } = isOrderly;
 
     /// <summary>The proxy would not have this client: over a limit, against a rule.</summary>
@@ -7436,6 +8176,8 @@ internal enum LogFormat
 {
     Text,
     Json,
+    Haproxy,
+    Syslog,
     Off,
 }
 
@@ -7449,36 +8191,44 @@ internal enum LogLevel
 
 internal sealed class LogSettings
 {
+    private string? _socket;
+
     internal LogFormat Format { get; set; }
-    internal string? File { get; set; } // null = stderr
+    internal string? File { get; set; } // null = stderr, or a socket
     internal LogLevel Level { get; set; }
+    internal TimeSpan Long { get; set; } // zero = off
+    internal bool SkipsEmpty { get; set; }
+
+    /// <summary>The path of the socket that lines go to.</summary>
+    internal string? Socket => Format == LogFormat.Off ? null
+        : _socket ?? (Format == LogFormat.Syslog && File is null ? "/dev/log" : null);
+
+    internal void SetFile(string text)
+    {
+        const string Unix = "unix:";
+        bool isSocket = text.StartsWith(Unix, StringComparison.Ordinal);
+        _socket = isSocket ? Address.CheckPath(text[Unix.Length..]) : null;
+        File = isSocket ? null : Text.FileName(text);
+    }
 }
 
 /// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
 internal abstract class LogLine(LogLevel level, string name)
 {
     protected DateTime Time { get; private set; }
+    protected virtual string Name => name;
 
     internal LogLevel Level { get; } = level;
 
     /// <summary>The bytes in a block, which goes to stderr wherever the lines go. 0 for a line.</summary>
     internal virtual int Shown => 0;
 
-    internal void Stamp() => Time = DateTime.UtcNow;
+    internal virtual void Stamp() => Time = DateTime.UtcNow;
 
     /// <summary>Called once, by the writer.</summary>
     internal virtual void Format(LogText text)
     {
-        text.Begin();
-        text.Add("time", Text.Of(Time));
-        text.Add("level", Level switch
-        {
-            LogLevel.Debug => "debug",
-            LogLevel.Info => "info",
-            LogLevel.Warn => "warn",
-            _ => "error",
-        });
-        text.Add("event", name);
+        text.Begin(Time, Level, Name);
         AddKeys(text);
         text.End();
     }
@@ -7486,7 +8236,7 @@ internal abstract class LogLine(LogLevel level, string name)
     protected abstract void AddKeys(LogText text);
 }
 
-internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+internal class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text)
     {
@@ -7502,10 +8252,38 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
     }
 }
 
+/// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
+internal sealed class StateLine(string? route, string words, bool isShown) : MessageLine(LogLevel.Info, "state", route, words)
+{
+    private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
+
+    internal override int Shown => isShown ? _shown.Length : 0;
+
+    internal override void Format(LogText text)
+    {
+        if (isShown)
+        {
+            text.Append($"{_shown}\n");
+        }
+        else
+        {
+            base.Format(text);
+        }
+    }
+}
+
 /// <summary>A line whose point is a number.</summary>
 internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text) => text.Add(key, count);
+}
+
+/// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
+internal enum ServerMode
+{
+    Ready,
+    Drain, // no new connections
+    Maintenance, // and no checks
 }
 
 /// <summary>A server goes down or comes up.</summary>
@@ -7532,51 +8310,153 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(string route) : LogLine(LogLevel.Info, "connection")
+internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
+    private static int _lastId;
+
     private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms, as below; -1 = never connected
-    private long _duration;
-    private string _end = "";
-    private string _reason = "";
+    private CloseReason? _reason;
 
+    internal RouteStats RouteStats { get; } = route;
+    internal ServerStats? ServerStats { get; private set; } // null until connected
+
+    internal uint Id { get; } = (uint)Interlocked.Increment(ref _lastId); // as control calls it
     internal EndPoint? Client { get; set; }
     internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal void Connected(EndPoint? server)
+    internal EndPoint? Address => _server;
+    internal TimeSpan Duration { get; private set; }
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+
+    /// <summary>What those leave who only look whether somebody answers.</summary>
+    internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
+
+    protected override string Name => _reason is null ? "connection-long" : base.Name;
+    protected long ConnectTime { get; private set; } = -1; // ms; -1 = never connected
+    protected string End => _reason?.Code ?? ""; // not yet
+
+    // ---- what HAProxy's line alone wants to know
+
+    /// <summary>It waits for room, as the <paramref name="place"/>th.</summary>
+    internal virtual void Queued(int place)
     {
-        _server = server;
-        _connectTime = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
     }
 
-    internal void Ended(string end, string reason)
+    internal virtual void Dequeued()
     {
-        (_end, _reason) = (end, reason);
-        _duration = (long)Stopwatch.GetElapsedTime(_startedAt).TotalMilliseconds;
+    }
+
+    /// <summary>From here on a server is looked for.</summary>
+    internal virtual void Choosing()
+    {
+    }
+
+    internal virtual void Tried(ServerStats server)
+    {
+    }
+
+    // ----
+
+    internal void Connected(EndPoint? address, ServerStats? server)
+    {
+        (_server, ServerStats) = (address, server);
+        ConnectTime = (long)Age.TotalMilliseconds;
+    }
+
+    internal void Ended(CloseReason reason) => (_reason, Duration) = (reason, Age);
+
+    /// <summary>What there is to say while it lasts.</summary>
+    internal ConnectionLine Early(long bytesUp, long bytesDown)
+    {
+        ConnectionLine early = (ConnectionLine)MemberwiseClone();
+        (early.BytesUp, early.BytesDown, early.Duration) = (bytesUp, bytesDown, Age);
+        return early;
     }
 
     protected override void AddKeys(LogText text)
     {
-        text.Add("route", route);
+        text.Add("route", RouteStats.Title);
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
-        text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", _duration);
+        text.Add("connect_ms", ConnectTime);
+        text.Add("duration_ms", (long)Duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _end);
-        text.Add("reason", _reason);
+        if (_reason is not null)
+        {
+            text.Add("end", _reason.Code);
+            text.Add("reason", _reason.Words);
+        }
     }
 }
 
-/// <summary>Lines as bytes: logfmt, or JSON with the same keys.</summary>
-internal sealed class LogText(bool isJson)
+/// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
+/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option logasap.</summary>
+internal sealed class HaproxyLine(RouteStats route, Func<int> count) : ConnectionLine(route)
 {
+    private readonly DateTime _acceptedAt = DateTime.UtcNow;
+    private ServerStats? _server; // the last that was tried
+    private int _tries;
+    private int _place; // in the lines it stood in
+    private long _queuedAt; // ms after the accept
+    private long _waited = -1; // ms; -1 = it has come to no line
+    private long _otherwise; // ms of what was before, but for that
+    private string _counts = "";
+
+    private long Now => (long)Age.TotalMilliseconds;
+
+    internal override void Queued(int place) => (_place, _queuedAt) = (_place + place, Now);
+
+    internal override void Dequeued() => _waited = Math.Max(_waited, 0) + Now - _queuedAt;
+
+    internal override void Choosing()
+    {
+        _waited = Math.Max(_waited, 0);
+        _otherwise = Now - _waited;
+    }
+
+    internal override void Tried(ServerStats server) => (_server, _tries) = (server, _tries + 1);
+
+    /// <summary>As HAProxy, one that ends counts itself in the process and the frontend, but not behind it any more. Another try
+    /// is one at another server, which is the plus.</summary>
+    internal override void Stamp()
+    {
+        base.Stamp();
+        _server = ServerStats ?? _server;
+        int others = Volatile.Read(ref RouteStats.Current);
+        _counts = $"{count()}/{others + (End.Length > 0 ? 1 : 0)}/{others}/{(_server is null ? 0 : Volatile.Read(ref _server.Active))}/"
+            + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}";
+    }
+
+    internal override void Format(LogText text)
+    {
+        string plus = End.Length > 0 ? "" : "+";
+        string time = Text.Of(TimeZoneInfo.ConvertTimeFromUtc(_acceptedAt, TimeZoneInfo.Local));
+        int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
+        text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
+        text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
+        text.AppendName(RouteStats.Title);
+        text.Append(" ");
+        text.AppendName(RouteStats.Title);
+        text.Append("/");
+        text.AppendName(_server?.Title ?? "<NOSRV>");
+        text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{(long)Duration.TotalMilliseconds} "
+            + $"{plus}{BytesDown} {(plus.Length > 0 ? "--" : End)} {_counts}\n");
+    }
+}
+
+/// <summary>Lines as bytes: logfmt, alone or in messages of RFC 5424, or JSON with the same keys.</summary>
+internal sealed class LogText(LogFormat format)
+{
+    private const int Daemon = 3; // the facility
+    private static readonly string Sender = $"{HostName(Environment.MachineName)} tcpproxy {Environment.ProcessId}";
+
+    private readonly bool _isJson = format == LogFormat.Json;
     private byte[] _bytes = new byte[1024];
     private int _length;
     private bool _isFirst;
@@ -7588,15 +8468,36 @@ internal sealed class LogText(bool isJson)
     internal void Begin()
     {
         _isFirst = true;
-        Append(isJson ? "{" : "");
+        Append(_isJson ? "{" : "");
     }
 
-    internal void End() => Append(isJson ? "}\n" : "\n");
+    /// <summary>A line, with what all of them have.</summary>
+    internal void Begin(DateTime time, LogLevel level, string name)
+    {
+        (string word, int severity) = level switch
+        {
+            LogLevel.Debug => ("debug", 7),
+            LogLevel.Info => ("info", 6),
+            LogLevel.Warn => ("warn", 4),
+            _ => ("error", 3),
+        };
+        Append(format == LogFormat.Syslog ? $"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - " : "");
+        Begin();
+        if (format != LogFormat.Syslog)
+        {
+            Add("time", Text.Of(time));
+            Add("level", word);
+        }
+
+        Add("event", name);
+    }
+
+    internal void End() => Append(_isJson ? "}\n" : "\n");
 
     internal void Add(string key, string value)
     {
         Key(key);
-        bool isPlain = !isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
+        bool isPlain = !_isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
             && value.AsSpan().IndexOfAny('"', '=', '\\') < 0;
         Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
     }
@@ -7607,12 +8508,66 @@ internal sealed class LogText(bool isJson)
         Append(value.ToString(CultureInfo.InvariantCulture));
     }
 
+    internal void Add(string key, bool value)
+    {
+        Key(key);
+        Append(value ? "true" : "false");
+    }
+
+    // ---- what is nested, in JSON
+
+    internal void Add(long value)
+    {
+        Append(_isFirst ? "" : ",");
+        Append(value.ToString(CultureInfo.InvariantCulture));
+        _isFirst = false;
+    }
+
+    internal void Open(string bracket, string? key = null)
+    {
+        if (key is null)
+        {
+            Append(_isFirst ? "" : ",");
+        }
+        else
+        {
+            Key(key);
+        }
+
+        Append(bracket);
+        _isFirst = true;
+    }
+
+    internal void Close(string bracket)
+    {
+        Append(bracket);
+        _isFirst = false;
+    }
+
     private void Key(string key)
     {
-        Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
+        Append(_isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
         Append(key);
-        Append(isJson ? "\":" : "=");
+        Append(_isJson ? "\":" : "=");
         _isFirst = false;
+    }
+
+    /// <summary>A word of HAProxy's line, which has no quotes: what would part it is #XX.</summary>
+    internal void AppendName(string name)
+    {
+        foreach (byte b in Encoding.UTF8.GetBytes(name))
+        {
+            Append(b is > (byte)' ' and < 127 and not ((byte)'/' or (byte)'#') ? $"{(char)b}" : $"#{b:X2}");
+        }
+    }
+
+    private static string HostName(string name) =>
+        name.Length is > 0 and < 256 && name.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0 ? name : "-";
+
+    internal void Append(ReadOnlySpan<byte> text)
+    {
+        text.CopyTo(Room(text.Length));
+        Grow(text.Length);
     }
 
     internal void Append(string text) => Grow(Encoding.UTF8.GetBytes(text, Room(Encoding.UTF8.GetMaxByteCount(text.Length))));
@@ -7642,29 +8597,26 @@ internal sealed class Log : IDisposable
     private readonly Queue<LogLine> _queue = []; // under itself, as all below it
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
+    private bool _isReopening;
     private long _dropped;
     private int _shown; // of ShownLength
     private long _missed; // bytes
-    private FileStream? _file; // owned; disposed by the writer; null = stderr
+    private FileStream? _file; // owned; the writer's, as the next three; null = stderr, or a socket
+    private Socket? _socket; // owned; null = not connected
+    private long _retryAt; // TickCount64
+    private long _unsent; // lines, since nobody has listened
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
+
+    internal long DroppedInAll { get; private set; } // lines that nobody will ever read
 
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
     internal void Start()
     {
-        try
-        {
-            _file = _settings.File is not { } file || _settings.Format == LogFormat.Off ? null
-                : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"--log-file: cannot open {_settings.File}: {Text.Reason(e)}");
-        }
-
+        Open();
         _writer = new Thread(WriteAll, 128 << 10) { IsBackground = true, Name = "log" };
         _writer.Start();
     }
@@ -7693,7 +8645,36 @@ internal sealed class Log : IDisposable
     internal void ServerState(string route, string server, bool isUp, string reason) =>
         Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
 
-    internal void Ended(ConnectionLine line) => Write(line);
+    internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
+        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
+
+    internal void Ended(ConnectionLine line)
+    {
+        if (!_settings.SkipsEmpty || !line.IsEmpty)
+        {
+            Write(line);
+        }
+    }
+
+    internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
+
+    /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
+    internal bool IsDue(long now, long startedAt)
+    {
+        long period = (long)_settings.Long.TotalMilliseconds;
+        long age = now - startedAt;
+        return period > 0 && age >= period && age / period > (Sweep.LastLook - startedAt) / period;
+    }
+
+    /// <summary>The file has been renamed, or the socket is another.</summary>
+    internal void Reopen()
+    {
+        lock (_queue)
+        {
+            (_isReopening, _isWaiting) = (true, false);
+            Monitor.Pulse(_queue);
+        }
+    }
 
     internal bool Has(LogLevel level) =>
         level >= _settings.Level && _settings.Format != LogFormat.Off && _writer is not null;
@@ -7712,6 +8693,7 @@ internal sealed class Log : IDisposable
             if (_queue.Count == QueueLength || _shown + line.Shown > ShownLength)
             {
                 _dropped += line.Shown > 0 ? 0 : 1;
+                DroppedInAll += line.Shown > 0 ? 0 : 1;
                 _missed += line.Shown;
                 return false;
             }
@@ -7732,14 +8714,14 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format == LogFormat.Json);
+        LogText text = new(_settings.Format);
         List<LogLine> lines = [];
         while (Take(lines))
         {
             bool isShown = false;
             foreach (LogLine line in lines)
             {
-                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0)
+                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0 || _settings.Socket is not null)
                 {
                     WriteOut(text, isShown);
                     isShown = line.Shown > 0;
@@ -7753,6 +8735,7 @@ internal sealed class Log : IDisposable
         }
 
         _file?.Dispose();
+        _socket?.Dispose();
     }
 
     /// <summary>Waits for lines and takes them; false when there are none and none will come.</summary>
@@ -7760,13 +8743,13 @@ internal sealed class Log : IDisposable
     {
         lock (_queue)
         {
-            while (_queue.Count == 0 && !_isStopping)
+            while (_queue.Count == 0 && !_isStopping && !_isReopening)
             {
                 _isWaiting = true;
                 Monitor.Wait(_queue);
             }
 
-            if (!_isStopping)
+            if (!_isStopping && !_isReopening)
             {
                 Monitor.Wait(_queue, Gather); // nobody pulses now but Stop
             }
@@ -7783,7 +8766,49 @@ internal sealed class Log : IDisposable
             }
 
             _shown = 0;
-            return lines.Count > 0;
+            if (!_isReopening)
+            {
+                return lines.Count > 0;
+            }
+
+            _isReopening = false;
+        }
+
+        try
+        {
+            Open();
+        }
+        catch (IOException e)
+        {
+            lines.Add(new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
+            lines[^1].Stamp();
+        }
+
+        return true;
+    }
+
+    /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
+    private void Open()
+    {
+        FileStream? before = _file;
+        _file = _settings.File is { } file && _settings.Format != LogFormat.Off ? AppendTo(file) : null;
+        before?.Dispose();
+        _socket?.Dispose();
+        (_socket, _retryAt) = (null, 0);
+    }
+
+    private static FileStream AppendTo(string file)
+    {
+        try
+        {
+            // not FileMode.Append, to which a file that is truncated meanwhile is an error
+            FileStream opened = new(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
+            _ = Libc.IsThere ? Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append) : 0;
+            return opened;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--log-file: cannot open {file}: {Text.Reason(e)}");
         }
     }
 
@@ -7791,15 +8816,19 @@ internal sealed class Log : IDisposable
     {
         try
         {
-            if (_file is null || isShown)
+            if (isShown || (_file is null && _settings.Socket is null))
             {
                 StandardStream.TryWrite(StandardStream.Error, text.Bytes);
+            }
+            else if (_file is null)
+            {
+                Send(_settings.Socket!, text.Bytes);
             }
             else
             {
                 if (_file.CanSeek)
                 {
-                    _file.Seek(0, SeekOrigin.End); // which is elsewhere once somebody has truncated it
+                    _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
                 }
 
                 _file.Write(text.Bytes);
@@ -7811,6 +8840,1244 @@ internal sealed class Log : IDisposable
         }
 
         text.Clear();
+    }
+
+    /// <summary>One line. While nobody listens lines are lost, and each second it is tried again.</summary>
+    private void Send(string path, ReadOnlySpan<byte> line)
+    {
+        const int Pause = 1000; // ms
+        for (bool isOld = _socket is not null; !line.IsEmpty && (isOld || Environment.TickCount64 >= _retryAt); isOld = false)
+        {
+            try
+            {
+                _socket = isOld ? _socket : UnixSocket.Connect(path);
+                if (_unsent > 0)
+                {
+                    LogText words = new(_settings.Format);
+                    MessageLine lost = new(
+                        LogLevel.Warn, "log", null, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}");
+                    lost.Stamp();
+                    lost.Format(words);
+                    UnixSocket.Send(_socket!, words.Bytes);
+                    _unsent = 0;
+                }
+
+                UnixSocket.Send(_socket!, line);
+                return;
+            }
+            catch (SocketException) when (isOld)
+            {
+                _socket!.Dispose(); // who listened there may have been started anew
+            }
+            catch (SocketException e)
+            {
+                _socket?.Dispose();
+                (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
+                StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
+                    : Encoding.UTF8.GetBytes(Text.Escape($"tcpproxy: lines of the log are lost: cannot send them to {path}: "
+                        + (File.Exists(path) ? Text.Reason(e) : "no such file or directory")) + "\n"));
+            }
+        }
+
+        _unsent += line.IsEmpty ? 0 : 1;
+        lock (_queue)
+        {
+            DroppedInAll += line.IsEmpty ? 0 : 1;
+        }
+    }
+}
+
+// ---- counters
+
+/// <summary>The proxy, to those who look at it from outside.</summary>
+internal interface IObserved
+{
+    public string Version { get; }
+    public DateTime StartedAt { get; }
+    public bool IsDraining { get; }
+
+    /// <summary>The counters of all routes, in their order, with what is so at the moment.</summary>
+    public List<RouteStats> Look();
+}
+
+/// <summary>A connection that is being relayed, to the same.</summary>
+internal interface ISession
+{
+    public ConnectionLine Line { get; }
+    public long BytesUp { get; }
+    public long BytesDown { get; }
+}
+
+/// <summary>What is counted of a route, or of a server. Interlocked writes it when a connection comes, is connected and ends,
+/// never for a message: how much those that run have moved, they are asked (<see cref="Totals"/>).</summary>
+internal abstract class Counters
+{
+    internal long Connections;
+    internal int Current;
+    internal int Most; // at once, ever
+    internal long ConnectFailures;
+    internal long Retries;
+    internal long ClientResets;
+    internal long ServerResets;
+    private long _endedUp; // bytes of connections that have ended, as below
+    private long _endedDown;
+    private long _up; // the same and those that run, while they are summed, as below
+    private long _down;
+
+    /// <summary>As of the last <see cref="Totals"/>. It never falls, though who ends is for a moment in neither sum.</summary>
+    internal long BytesUp { get; private set; }
+    internal long BytesDown { get; private set; }
+
+    /// <summary>The title, with a number where it is not the only one.</summary>
+    internal string Name { get; set; } = "";
+    internal int MaxConnections { get; set; } // 0 = off
+
+    internal void Begin() => (_up, _down) = (Volatile.Read(ref _endedUp), Volatile.Read(ref _endedDown));
+
+    internal void Add(long up, long down) => (_up, _down) = (_up + up, _down + down);
+
+    internal void Finish() => (BytesUp, BytesDown) = (Math.Max(BytesUp, _up), Math.Max(BytesDown, _down));
+
+    /// <summary>So many at once.</summary>
+    protected void Peak(int current)
+    {
+        for (int most = Volatile.Read(ref Most); current > most;)
+        {
+            most = Interlocked.CompareExchange(ref Most, current, most);
+        }
+    }
+
+    protected void Count(ConnectionLine line, CloseReason reason)
+    {
+        Interlocked.Add(ref _endedUp, line.BytesUp);
+        Interlocked.Add(ref _endedDown, line.BytesDown);
+        if (reason.Code is "CD" or "SD")
+        {
+            Interlocked.Increment(ref reason.Code == "CD" ? ref ClientResets : ref ServerResets);
+        }
+    }
+}
+
+internal sealed class RouteStats(string title) : Counters
+{
+    private const int MostEnds = 64; // the words of the operating system are not ours to number
+
+    internal static readonly string[] HistoryKeys = ["current", "connections", "bytes_up", "bytes_down"];
+
+    private readonly Lock _gate = new();
+    private EndCount[] _ends = [new("--", "other")]; // the first for those beyond; replaced as a whole, under the gate
+
+    internal long Refused;
+
+    internal string Title { get; set; } = title;
+    internal Histogram ConnectTime { get; } = new(Histogram.Connects);
+    internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
+    internal EndCount[] Ends => Volatile.Read(ref _ends);
+    internal Series[] History { get; private set; } = []; // of the keys above, once there is a --stats
+
+    // as of the last look
+    internal List<ServerStats> Servers { get; set; } = [];
+    internal int Queued { get; set; }
+
+    internal void Accepted() => Interlocked.Increment(ref Connections);
+
+    /// <summary>It has its place among the connections.</summary>
+    internal void Entered() => Peak(Interlocked.Increment(ref Current));
+
+    internal void Ended(ConnectionLine line, CloseReason reason, bool hasEntered)
+    {
+        Count(line, reason);
+        Interlocked.Increment(ref (Find(reason) ?? Add(reason)).Count);
+        Interlocked.Add(ref Current, hasEntered ? -1 : 0);
+        Interlocked.Add(ref Refused, reason.IsRefusal ? 1 : 0);
+        if (line.ServerStats is { } server)
+        {
+            server.Ended(line, reason);
+            Duration.Add(line.Duration);
+        }
+    }
+
+    /// <summary>Called every <see cref="Series.Interval"/>, by one thread.</summary>
+    internal void Sample(long sample)
+    {
+        History = History.Length > 0 ? History : Array.ConvertAll(HistoryKeys, _ => new Series());
+        History[0].Found(sample, Volatile.Read(ref Current));
+        History[1].Grown(sample, Volatile.Read(ref Connections));
+        History[2].Grown(sample, BytesUp);
+        History[3].Grown(sample, BytesDown);
+        foreach (EndCount end in Ends)
+        {
+            (end.Recent ??= new Series()).Grown(sample, Volatile.Read(ref end.Count));
+        }
+    }
+
+    private EndCount? Find(CloseReason reason)
+    {
+        foreach (EndCount end in Ends)
+        {
+            if (end.Code == reason.Code && end.Words == reason.Kind)
+            {
+                return end;
+            }
+        }
+
+        return null;
+    }
+
+    private EndCount Add(CloseReason reason)
+    {
+        lock (_gate)
+        {
+            EndCount end = Find(reason) ?? (_ends.Length == MostEnds ? _ends[0] : new EndCount(reason.Code, reason.Kind));
+            Volatile.Write(ref _ends, Array.IndexOf(_ends, end) >= 0 ? _ends : [.. _ends, end]);
+            return end;
+        }
+    }
+}
+
+/// <summary>How many connections have ended so: <see cref="CloseReason.Code"/> and <see cref="CloseReason.Kind"/>.</summary>
+internal sealed class EndCount(string code, string words)
+{
+    internal long Count;
+
+    internal string Code { get; } = code;
+    internal string Words { get; } = words;
+    internal Series? Recent { get; set; }
+}
+
+internal sealed class ServerStats(RouteStats route) : Counters
+{
+    internal int Active; // connections, at any moment; changed by Interlocked
+    internal int Downs; // how often it went down
+    internal long ConnectMicroseconds; // of all Connections together
+
+    internal RouteStats RouteStats { get; } = route;
+    internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
+    internal string Check { get; set; } = ""; // what the last one found; "" = none yet
+    internal string LastFailure { get; set; } = ""; // of a connect
+    internal DateTime LastFailedAt { get; private set; }
+
+    internal string Title { get; set; } = "";
+
+    // as of the last look
+    internal string Address { get; set; } = "";
+    internal int Weight { get; set; }
+    internal bool IsBackup { get; set; }
+    internal bool IsChecked { get; set; }
+    internal int Percent { get; set; } = 100; // of its share, in a slow start
+    internal string State { get; set; } = "up"; // or down, drain, maint
+
+    internal void Connected(TimeSpan time, int current)
+    {
+        Interlocked.Increment(ref Connections);
+        Interlocked.Add(ref ConnectMicroseconds, (long)time.TotalMicroseconds);
+        Peak(current);
+        RouteStats.ConnectTime.Add(time);
+    }
+
+    internal void Failed(CloseReason reason)
+    {
+        Interlocked.Increment(ref ConnectFailures);
+        Interlocked.Increment(ref RouteStats.ConnectFailures);
+        (LastFailure, LastFailedAt) = (reason.Words, DateTime.UtcNow);
+    }
+
+    /// <summary>Another is tried instead.</summary>
+    internal void Retried()
+    {
+        Interlocked.Increment(ref Retries);
+        Interlocked.Increment(ref RouteStats.Retries);
+    }
+
+    internal void Turned(bool isDown)
+    {
+        Since = DateTime.UtcNow;
+        Interlocked.Add(ref Downs, isDown ? 1 : 0);
+    }
+
+    internal void Ended(ConnectionLine line, CloseReason reason) => Count(line, reason);
+}
+
+/// <summary>Times in buckets, as Prometheus has them.</summary>
+internal sealed class Histogram(long[] bounds)
+{
+    internal static readonly long[] Connects = // microseconds, as below
+        [500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000];
+    internal static readonly long[] Lives = [10_000, 100_000, 500_000, 1_000_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
+        300_000_000, 900_000_000, 3_600_000_000, 14_400_000_000, 86_400_000_000];
+
+    private readonly long[] _counts = new long[bounds.Length + 1]; // the last for what is longer than all
+    private long _sum;
+
+    internal long[] Bounds { get; } = bounds;
+    internal long Sum => Volatile.Read(ref _sum);
+
+    internal long CountAt(int bucket) => Volatile.Read(ref _counts[bucket]);
+
+    internal void Add(TimeSpan time)
+    {
+        long microseconds = (long)time.TotalMicroseconds;
+        int bucket = 0;
+        while (bucket < Bounds.Length && microseconds > Bounds[bucket])
+        {
+            bucket++;
+        }
+
+        Interlocked.Increment(ref _counts[bucket]);
+        Interlocked.Add(ref _sum, microseconds);
+    }
+}
+
+/// <summary>All counters at one moment, with what the running connections have moved, and these. It takes about a millisecond
+/// for 10,000 of them, so it is not for the threads of the event loop.</summary>
+internal sealed class Totals
+{
+    private static readonly Lock Gate = new();
+
+    internal Totals(IObserved proxy)
+    {
+        lock (Gate)
+        {
+            Routes = proxy.Look();
+            Dictionary<string, string> names = [];
+            foreach (RouteStats route in Routes)
+            {
+                route.Name = Unique(names, route.Title);
+                Dictionary<string, string> known = [];
+                route.Servers.ForEach(server => server.Name = Unique(known, server.Title));
+            }
+
+            ForEach(counters => counters.Begin());
+            foreach (Watched watched in Sweep.Snapshot()) // after the sums: who ends between is counted next time, never twice
+            {
+                if (watched is ISession session)
+                {
+                    Sessions.Add(session);
+                    (long up, long down) = (session.BytesUp, session.BytesDown);
+                    session.Line.RouteStats.Add(up, down);
+                    session.Line.ServerStats?.Add(up, down);
+                }
+            }
+
+            ForEach(counters => counters.Finish());
+        }
+    }
+
+    internal List<RouteStats> Routes { get; }
+    internal List<ISession> Sessions { get; } = []; // in no order
+
+    private static string Unique(Dictionary<string, string> names, string title)
+    {
+        string name = title;
+        for (int i = 2; !names.TryAdd(name, title); i++)
+        {
+            name = $"{title}#{Text.Of(i)}";
+        }
+
+        return name;
+    }
+
+    private void ForEach(Action<Counters> action) => Routes.ForEach(route =>
+    {
+        action(route);
+        route.Servers.ForEach(action);
+    });
+}
+
+// ---- --stats
+
+/// <summary>What each interval has added to a number that only grows, or found of one that does not: for five minutes.</summary>
+internal sealed class Series
+{
+    internal const int Length = 150;
+    internal const int Interval = 2; // seconds
+
+    private readonly long[] _values = new long[Length];
+    private long _last;
+
+    internal long this[long sample] => _values[sample % Length];
+
+    internal void Grown(long sample, long total) => (_values[sample % Length], _last) = (total - _last, total);
+
+    internal void Found(long sample, long value) => _values[sample % Length] = value;
+
+    internal long Sum()
+    {
+        long sum = 0;
+        Array.ForEach(_values, value => sum += value);
+        return sum;
+    }
+}
+
+/// <summary>A client of the page. It has a little time, and the sweep sees to that.</summary>
+internal sealed class Visitor(Socket socket) : Watched
+{
+    private const int RequestTime = 5000; // ms
+    private const int AnswerTime = 10_000;
+
+    private long _deadline = Environment.TickCount64 + RequestTime;
+
+    internal byte[] Buffer { get; } = new byte[8 << 10];
+    internal int Length { get; set; } // of the request
+    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
+    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
+    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
+    internal TaskCompletionSource<byte[]> Answer { get; } = new();
+
+    internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
+
+    internal override bool Check(long now)
+    {
+        if (now >= Volatile.Read(ref _deadline))
+        {
+            socket.Close(0);
+        }
+
+        return false;
+    }
+
+    internal override void Stop() => socket.Close(0);
+}
+
+/// <summary>--stats: an HTTP server of four pages. One request a connection. A thread of its own samples and writes all
+/// answers, and rests four times as long as it has worked, so that no crowd of visitors takes a processor from the traffic.</summary>
+internal sealed class StatsServer(IObserved proxy, Log log)
+{
+    private const int MostVisitors = 64; // at once; whoever comes then is closed
+    private const int Pause = 4; // times what its work has taken
+
+    private readonly Queue<Visitor> _waiting = []; // under itself
+    private long _samples; // taken so far
+    private int _visitors;
+
+    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
+
+    /// <summary>The socket is ours (rule 1).</summary>
+    internal void Accepted(Socket socket)
+    {
+        if (Interlocked.Increment(ref _visitors) > MostVisitors)
+        {
+            Interlocked.Decrement(ref _visitors);
+            socket.Close(0);
+            return;
+        }
+
+        _ = ServeAsync(socket);
+    }
+
+    private async Task ServeAsync(Socket socket)
+    {
+        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
+        Visitor visitor = new(socket);
+        Memory<byte> buffer = visitor.Buffer;
+        Sweep.Add(visitor);
+        try
+        {
+            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
+            {
+                length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
+            }
+
+            if (visitor.Length > 0)
+            {
+                visitor.HasAsked();
+                lock (_waiting)
+                {
+                    _waiting.Enqueue(visitor);
+                    Monitor.Pulse(_waiting);
+                }
+
+                await socket.SendAsync(await visitor.Answer.Task, SocketFlags.None);
+                socket.Shutdown(SocketShutdown.Send);
+                for (int i = 0; i < Trailing && await socket.ReceiveAsync(buffer, SocketFlags.None) > 0; i++)
+                {
+                }
+            }
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it has left, or was too slow
+        }
+        finally
+        {
+            Sweep.Remove(visitor);
+            socket.Dispose();
+            Interlocked.Decrement(ref _visitors);
+        }
+    }
+
+    // ---- the thread
+
+    private void Run()
+    {
+        const int Interval = 1000 * Series.Interval;
+        long next = Environment.TickCount64;
+        double tired = 0; // ms
+        while (true)
+        {
+            Visitor? visitor;
+            lock (_waiting)
+            {
+                int pause = (int)Math.Max(0, next - Environment.TickCount64);
+                if (_waiting.Count == 0 && pause > 0)
+                {
+                    Monitor.Wait(_waiting, pause);
+                }
+
+                _waiting.TryDequeue(out visitor);
+            }
+
+            long began = Stopwatch.GetTimestamp();
+            try
+            {
+                if (Environment.TickCount64 >= next)
+                {
+                    next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
+                    Sample();
+                }
+
+                visitor?.Answer.SetResult(Answer(visitor));
+            }
+#pragma warning disable CA1031 // a surprise on this page must not end the proxy
+            catch (Exception e)
+#pragma warning restore CA1031
+            {
+                log.Event(LogLevel.Error, "internal-error", e.ToString());
+                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
+            }
+
+            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
+            Thread.Sleep((int)tired);
+            tired -= (int)tired;
+        }
+    }
+
+    private void Sample()
+    {
+        new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
+        _samples++;
+    }
+
+    // ---- HTTP
+
+    /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
+    private byte[] Answer(Visitor visitor)
+    {
+        LogText body = new(LogFormat.Json);
+        string type = "text/plain";
+        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
+        string[] words = lines[0].Split(' ');
+        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
+            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
+            : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
+            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
+            : Write(body, words[1], ref type);
+        if (body.Bytes.Length == 0)
+        {
+            body.Append($"{status.Split('\r')[0]}\n");
+        }
+
+        byte[] head = Encoding.UTF8.GetBytes($"HTTP/1.1 {status}\r\nContent-Type: {type}; charset=utf-8\r\nContent-Length: "
+            + $"{Text.Of(body.Bytes.Length)}\r\nConnection: close\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+            + "Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\nContent-Security-Policy: default-src "
+            + "'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            + "form-action 'none'; frame-ancestors 'none'\r\n\r\n");
+        return words[0] == "HEAD" ? head : [.. head, .. body.Bytes];
+    }
+
+    /// <summary>A page from elsewhere can make its own name mean this machine (DNS rebinding), and ask in the reader's browser.
+    /// What asks at a loopback address by a name with a dot is one.</summary>
+    private static bool IsForeign(string[] lines)
+    {
+        const string Header = "host:";
+        string host = Array.Find(lines, line => line.StartsWith(Header, StringComparison.OrdinalIgnoreCase))?[Header.Length..].Trim() ?? "";
+        int port = host.LastIndexOf(':');
+        string name = port < 0 || host.EndsWith(']') ? host : host[..port];
+        return name.Contains('.', StringComparison.Ordinal) && !IPAddress.TryParse(name, out _)
+            && !name.EndsWith(".localhost", StringComparison.OrdinalIgnoreCase);
+    }
+
+    /// <summary>Returns the status.</summary>
+    private string Write(LogText body, string target, ref string type)
+    {
+        string[] parts = target.Split('?');
+        switch (parts[0])
+        {
+            case "/":
+                type = "text/html";
+                body.Append(StatsPage.Html);
+                return "200 OK";
+            case "/stats.json":
+                type = "application/json";
+                new StatsPage(proxy, log, body).WriteJson(_samples, parts.Length > 1 ? parts[1].Split('&') : []);
+                return "200 OK";
+            case "/metrics":
+                type = "text/plain; version=0.0.4";
+                new StatsPage(proxy, log, body).WriteMetrics();
+                return "200 OK";
+            case "/healthz":
+                string? illness = StatsPage.Illness(proxy, proxy.Look());
+                body.Append($"{illness ?? "ok"}\n");
+                return illness is null ? "200 OK" : "503 Service Unavailable";
+            default:
+                return "404 Not Found";
+        }
+    }
+}
+
+/// <summary>What the pages of <see cref="StatsServer"/> say.</summary>
+internal sealed class StatsPage
+{
+    private const int MostSessions = 50;
+
+    private readonly IObserved _proxy;
+    private readonly Log _log;
+    private readonly LogText _text;
+    private readonly Totals _totals;
+
+    internal StatsPage(IObserved proxy, Log log, LogText text) => (_proxy, _log, _text, _totals) = (proxy, log, text, new Totals(proxy));
+
+    /// <summary>Null when all is well.</summary>
+    internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
+        : routes.Find(route => !route.Servers.Exists(server => server.State == "up")) is { } route
+            ? $"route {Text.Escape(route.Title)} has no server up" : null;
+
+    // ---- JSON
+
+    /// <summary>The query may have since=N, the first sample that is wanted, and sessions=new for the youngest ones.</summary>
+    internal void WriteJson(long samples, string[] query)
+    {
+        const string Since = "since=";
+        string? since = Array.Find(query, word => word.StartsWith(Since, StringComparison.Ordinal));
+        long first = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, CultureInfo.InvariantCulture,
+            out long wanted) ? Math.Min(wanted, samples) : 0;
+        first = Math.Max(first, samples - Series.Length);
+        string? illness = Illness(_proxy, _totals.Routes);
+        _text.Begin();
+        _text.Add("version", _proxy.Version);
+        _text.Add("pid", Environment.ProcessId);
+        _text.Add("started", Text.Of(_proxy.StartedAt));
+        _text.Add("now", Text.Of(DateTime.UtcNow));
+        _text.Add("uptime_s", (long)(DateTime.UtcNow - _proxy.StartedAt).TotalSeconds);
+        _text.Add("draining", _proxy.IsDraining);
+        _text.Add("health", illness ?? "ok");
+        _text.Add("resident_bytes", Usage.Resident);
+        _text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
+        _text.Add("log_dropped", _log.DroppedInAll);
+        _text.Add("interval_s", Series.Interval);
+        _text.Add("samples", samples);
+        _text.Add("current", _totals.Sessions.Count);
+        _text.Open("[", "routes");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            WriteRoute(route, first, samples);
+        }
+
+        _text.Close("]");
+        _text.Open("[", "sessions");
+        WriteSessions(Array.IndexOf(query, "sessions=new") >= 0);
+        _text.Close("]");
+        _text.End();
+    }
+
+    private void WriteRoute(RouteStats route, long first, long samples)
+    {
+        _text.Open("{");
+        WriteCounters(route);
+        _text.Add("refused", route.Refused);
+        _text.Add("queued", route.Queued);
+        WriteHistogram("connect_time", route.ConnectTime);
+        WriteHistogram("duration", route.Duration);
+        _text.Open("[", "ends");
+        foreach (EndCount end in route.Ends)
+        {
+            _text.Open("{");
+            _text.Add("end", end.Code);
+            _text.Add("reason", end.Words);
+            _text.Add("count", Volatile.Read(ref end.Count));
+            _text.Add("recent", end.Recent?.Sum() ?? 0);
+            _text.Close("}");
+        }
+
+        _text.Close("]");
+        _text.Open("[", "servers");
+        foreach (ServerStats server in route.Servers)
+        {
+            WriteServer(server);
+        }
+
+        _text.Close("]");
+        _text.Open("{", "history");
+        for (int i = 0; i < route.History.Length; i++)
+        {
+            _text.Open("[", RouteStats.HistoryKeys[i]);
+            for (long sample = first; sample < samples; sample++)
+            {
+                _text.Add(route.History[i][sample]);
+            }
+
+            _text.Close("]");
+        }
+
+        _text.Close("}");
+        _text.Close("}");
+    }
+
+    private void WriteCounters(Counters counters)
+    {
+        _text.Add("name", counters.Name);
+        _text.Add("connections", Volatile.Read(ref counters.Connections));
+        _text.Add("current", Volatile.Read(ref counters.Current));
+        _text.Add("max_current", Volatile.Read(ref counters.Most));
+        _text.Add("limit", counters.MaxConnections);
+        _text.Add("bytes_up", counters.BytesUp);
+        _text.Add("bytes_down", counters.BytesDown);
+        _text.Add("connect_failures", Volatile.Read(ref counters.ConnectFailures));
+        _text.Add("retries", Volatile.Read(ref counters.Retries));
+        _text.Add("client_resets", Volatile.Read(ref counters.ClientResets));
+        _text.Add("server_resets", Volatile.Read(ref counters.ServerResets));
+    }
+
+    private void WriteServer(ServerStats server)
+    {
+        _text.Open("{");
+        WriteCounters(server);
+        _text.Add("address", server.Address);
+        _text.Add("state", server.State);
+        _text.Add("since", Text.Of(server.Since));
+        _text.Add("downs", Volatile.Read(ref server.Downs));
+        _text.Add("weight", server.Weight);
+        _text.Add("backup", server.IsBackup);
+        _text.Add("check", server.Check);
+        _text.Add("last_failure", server.LastFailure);
+        _text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
+        _text.Add("connect_time_us", Volatile.Read(ref server.ConnectMicroseconds));
+        _text.Close("}");
+    }
+
+    private void WriteHistogram(string name, Histogram histogram)
+    {
+        _text.Open("{", name);
+        _text.Open("[", "le_us");
+        Array.ForEach(histogram.Bounds, _text.Add);
+        _text.Close("]");
+        _text.Open("[", "counts");
+        for (int i = 0; i <= histogram.Bounds.Length; i++)
+        {
+            _text.Add(histogram.CountAt(i));
+        }
+
+        _text.Close("]");
+        _text.Add("sum_us", histogram.Sum);
+        _text.Close("}");
+    }
+
+    /// <summary>Those with the most bytes, or the youngest.</summary>
+    private void WriteSessions(bool isNew)
+    {
+        List<ISession> first = [];
+        foreach (ISession session in _totals.Sessions)
+        {
+            int place = first.Count;
+            while (place > 0 && IsBefore(session, first[place - 1]))
+            {
+                place--;
+            }
+
+            if (place < MostSessions)
+            {
+                first.Insert(place, session);
+                first.RemoveRange(Math.Min(first.Count, MostSessions), first.Count - Math.Min(first.Count, MostSessions));
+            }
+        }
+
+        bool IsBefore(ISession a, ISession b) => isNew ? a.Line.Age < b.Line.Age : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
+
+        foreach (ISession session in first)
+        {
+            _text.Open("{");
+            _text.Add("route", session.Line.RouteStats.Name);
+            _text.Add("client", Text.Of(session.Line.Client));
+            _text.Add("server", session.Line.ServerStats?.Title ?? "-");
+            _text.Add("address", Text.Of(session.Line.Address));
+            _text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
+            _text.Add("bytes_up", session.BytesUp);
+            _text.Add("bytes_down", session.BytesDown);
+            _text.Close("}");
+        }
+    }
+
+    // ---- Prometheus, text format 0.0.4
+
+    internal void WriteMetrics()
+    {
+        OfRoutes("frontend_connections_total", "Connections accepted.", route => Volatile.Read(ref route.Connections));
+        OfRoutes("frontend_current_sessions", "Connections now.", route => Volatile.Read(ref route.Current));
+        OfRoutes("frontend_max_sessions", "Most connections at once so far.", route => Volatile.Read(ref route.Most));
+        OfRoutes("frontend_limit_sessions", "Most connections allowed (--max-connections); 0 is any number.", route => route.MaxConnections);
+        OfRoutes("frontend_denied_connections_total", "Connections refused by access rules, limits, rates or full queues.",
+            route => Volatile.Read(ref route.Refused));
+        OfRoutes("frontend_bytes_in_total", "Bytes received from clients.", route => route.BytesUp);
+        OfRoutes("frontend_bytes_out_total", "Bytes sent to clients.", route => route.BytesDown);
+        Family("frontend_ends_total", "Connections ended, by HAProxy's two letters and reason.");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            foreach (EndCount end in route.Ends)
+            {
+                Sample("frontend_ends_total", $"{Label(route)},end={Quote(end.Code)},reason={Quote(end.Words)}",
+                    Text.Of(Volatile.Read(ref end.Count)));
+            }
+        }
+
+        OfHistograms("frontend_session_duration_seconds", "How long connections that had a server lasted.", route => route.Duration);
+        OfHistograms("backend_connect_time_seconds", "How long connecting to servers took.", route => route.ConnectTime);
+        OfRoutes("backend_current_queue", "Clients waiting for room.", route => route.Queued);
+        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.",
+            route => Volatile.Read(ref route.ConnectFailures));
+        OfRoutes("backend_retry_warnings_total", "Connects tried again at another server.", route => Volatile.Read(ref route.Retries));
+        OfRoutes("backend_client_aborts_total", "Connections reset by clients.", route => Volatile.Read(ref route.ClientResets));
+        OfRoutes("backend_server_aborts_total", "Connections reset by servers.", route => Volatile.Read(ref route.ServerResets));
+        OfRoutes("backend_active_servers", "Servers that take connections.",
+            route => route.Servers.FindAll(server => server.State == "up").Count);
+
+        Family("server_status", "1 for the state that the server is in, 0 for the others.");
+        string[] states = ["up", "down", "drain", "maint"];
+        EachServer(server => Array.ForEach(states, state =>
+            Sample("server_status", $"{Label(server)},state=\"{state}\"", server.State == state ? "1" : "0")));
+        Family("server_last_change_timestamp_seconds", "When the server came up or went down, since the epoch.");
+        EachServer(server => Sample("server_last_change_timestamp_seconds", Label(server), Epoch(server.Since)));
+        OfServers("server_weight", "Share of the connections.", server => server.Weight);
+        OfServers("server_current_sessions", "Connections now.", server => Volatile.Read(ref server.Current));
+        OfServers("server_max_sessions", "Most connections at once so far.", server => Volatile.Read(ref server.Most));
+        OfServers("server_limit_sessions", "Most connections allowed; 0 is any number.", server => server.MaxConnections);
+        OfServers("server_sessions_total", "Connections made.", server => Volatile.Read(ref server.Connections));
+        OfServers("server_bytes_in_total", "Bytes of clients for the server.", server => server.BytesUp);
+        OfServers("server_bytes_out_total", "Bytes of the server for clients.", server => server.BytesDown);
+        OfServers("server_connection_errors_total", "Connects that failed.", server => Volatile.Read(ref server.ConnectFailures));
+        OfServers("server_retry_warnings_total", "Failed connects after which another server was tried.",
+            server => Volatile.Read(ref server.Retries));
+        OfServers("server_client_aborts_total", "Connections reset by clients.", server => Volatile.Read(ref server.ClientResets));
+        OfServers("server_server_aborts_total", "Connections reset by the server.", server => Volatile.Read(ref server.ServerResets));
+        OfServers("server_check_up_down_total", "How often the server went down.", server => Volatile.Read(ref server.Downs));
+        Family("server_connect_time_seconds", "How long connecting to the server took.", "summary");
+        EachServer(server =>
+        {
+            Sample("server_connect_time_seconds_sum", Label(server), Seconds(Volatile.Read(ref server.ConnectMicroseconds)));
+            Sample("server_connect_time_seconds_count", Label(server), Text.Of(Volatile.Read(ref server.Connections)));
+        });
+
+        Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
+        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
+        Single("process_cpu_seconds_total", "Processor time used.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
+        Single("process_resident_memory_bytes", "Resident memory.", Text.Of(Usage.Resident));
+        Single("process_open_fds", "Open descriptors.", Text.Of(Usage.OpenDescriptors));
+        Single("process_max_fds", "Descriptors allowed.", Text.Of(Descriptors.Limit));
+        Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
+        Single("process_log_dropped_lines_total", "Log lines dropped because their reader was too slow.", Text.Of(_log.DroppedInAll));
+    }
+
+    private void Family(string name, string help, string? type = null)
+    {
+        type ??= name.EndsWith("_total", StringComparison.Ordinal) ? "counter" : "gauge";
+        _text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
+    }
+
+    private void Sample(string name, string labels, string value) =>
+        _text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
+
+    private void Single(string name, string help, string value, string labels = "")
+    {
+        Family(name, help);
+        Sample(name, labels, value);
+    }
+
+    private void OfRoutes(string name, string help, Func<RouteStats, long> value)
+    {
+        Family(name, help);
+        _totals.Routes.ForEach(route => Sample(name, Label(route), Text.Of(value(route))));
+    }
+
+    private void EachServer(Action<ServerStats> action) => _totals.Routes.ForEach(route => route.Servers.ForEach(action));
+
+    private void OfServers(string name, string help, Func<ServerStats, long> value)
+    {
+        Family(name, help);
+        EachServer(server => Sample(name, Label(server), Text.Of(value(server))));
+    }
+
+    private void OfHistograms(string name, string help, Func<RouteStats, Histogram> of)
+    {
+        Family(name, help, "histogram");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            Histogram histogram = of(route);
+            long sum = histogram.Sum;
+            long count = 0;
+            for (int i = 0; i <= histogram.Bounds.Length; i++)
+            {
+                count += histogram.CountAt(i);
+                string bound = i < histogram.Bounds.Length ? Seconds(histogram.Bounds[i]) : "+Inf";
+                Sample($"{name}_bucket", $"{Label(route)},le=\"{bound}\"", Text.Of(count));
+            }
+
+            Sample($"{name}_sum", Label(route), Seconds(sum));
+            Sample($"{name}_count", Label(route), Text.Of(count));
+        }
+    }
+
+    private static string Label(RouteStats route) => $"route={Quote(route.Name)}";
+
+    private static string Label(ServerStats server) => $"{Label(server.RouteStats)},server={Quote(server.Name)}";
+
+    /// <summary>The format knows these three escapes and no other.</summary>
+    private static string Quote(string value) => $"\"{value.Replace("\\", "\\\\", StringComparison.Ordinal)
+        .Replace("\"", "\\\"", StringComparison.Ordinal).Replace("\n", "\\n", StringComparison.Ordinal)}\"";
+
+    private static string Epoch(DateTime utc) => Seconds((utc.Ticks - DateTime.UnixEpoch.Ticks) / TimeSpan.TicksPerMicrosecond);
+
+    /// <summary>Microseconds as seconds.</summary>
+    private static string Seconds(long time) =>
+        $"{Text.Of(time / 1_000_000)}.{Text.Of(time % 1_000_000).PadLeft(6, '0')}".TrimEnd('0').TrimEnd('.');
+
+    // ---- the page
+
+    internal static ReadOnlySpan<byte> Html => """
+<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tcpproxy</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M2 5h10l-3-3m5 9H4l3 3'
+ fill='none' stroke='%233b6fe0' stroke-width='2'/></svg>">
+<style>
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1b2330; --dim: #68717f; --line: #e6e9ee; --soft: #f2f4f7;
+  --up: #d9822b; --down: #2f6fde; --now: #7a5cc9; --good: #1c9a5b; --warn: #b97d00; --bad: #d0383b }
+@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161b22; --ink: #e3e8ef; --dim: #8a94a3; --line: #252c36;
+  --soft: #1c222b; --up: #f0a04b; --down: #6aa0ff; --now: #a78bfa; --good: #3fb977; --warn: #e0a83a; --bad: #f26d6d } }
+* { box-sizing: border-box; margin: 0 }
+body { background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  max-width: 1180px; margin: auto; padding: 20px }
+header, h2, .facts, .legend { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px }
+header { margin-bottom: 16px } h1 { font-size: 20px; font-weight: 650; letter-spacing: -.02em }
+h2 { font-size: 15px; font-weight: 650; overflow-wrap: anywhere } h3 { font-size: 12px; font-weight: 600; color: var(--dim); margin: 0 0 4px }
+.dim, .facts, th, .legend { color: var(--dim); font-weight: 400; font-size: 12px } .facts { margin-left: auto } .facts b { color: var(--ink) }
+b { font-weight: 600 } .pill { border-radius: 99px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: var(--c);
+  background: color-mix(in srgb, var(--c) 14%, transparent) }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin-bottom: 12px; min-width: 0 }
+.tile { padding: 12px 0 0; overflow: hidden; margin: 0 } .tile > div { padding: 0 16px } .tile strong { font-size: 22px; font-weight: 650;
+  letter-spacing: -.02em } .tiles + * { margin-top: 12px }
+.cols { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px 24px; margin: 10px 0 } .main { display: grid; gap: 16px 28px;
+  grid-template-columns: minmax(0, 1fr) 270px }
+svg { display: block; width: 100%; height: 56px; overflow: visible } .tile svg { height: 44px } .graph { border-bottom: 1px solid var(--line) }
+svg path { fill: none; stroke: var(--c); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linejoin: round }
+svg path.area { fill: var(--c); fill-opacity: .13; stroke: none } .mark { stroke: var(--dim); stroke-dasharray: 2 2 }
+.legend i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; background: var(--c); margin-right: 5px }
+.legend { margin-bottom: 4px; min-height: 18px } .legend span:last-child { margin-left: auto }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
+th { text-align: right; padding: 0 0 3px 12px; white-space: nowrap } td { text-align: right; padding: 4px 0 4px 12px; white-space: nowrap;
+  border-top: 1px solid var(--line) } th:first-child, td:first-child { text-align: left; padding-left: 0 } .l { text-align: left }
+th, td { min-width: 62px } td:first-child { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis } .even td:first-child { width: auto; max-width: none } .dot { display: inline-block; width: 8px; height: 8px;
+  border-radius: 50%; background: var(--c); margin-right: 8px } td small { font-size: 12px; color: var(--dim); margin-left: 6px }
+.bar { height: 4px; border-radius: 2px; background: var(--soft); margin: 2px 0 7px } .bar i { display: block; height: 4px;
+  border-radius: 2px; background: var(--c); min-width: 2px } .end { display: flex; gap: 8px; font-size: 13px; align-items: baseline }
+.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px } .end span:nth-child(2) { flex: 1; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap }
+button { font: inherit; font-size: 12px; color: var(--dim); background: none; border: 0; padding: 2px 8px; border-radius: 6px; cursor: pointer }
+button.on, button:hover { background: var(--soft); color: var(--ink) } .old main { opacity: .45 } .z { color: var(--dim); opacity: .55 }
+@media (max-width: 760px) { body { padding: 12px } .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .cols { grid-template-columns: 1fr 1fr }
+  .main { grid-template-columns: minmax(0, 1fr) }
+  .w { display: none } th, td { min-width: 0 } .facts { margin-left: 0 } .cols > :first-child { grid-column: span 2 } .card { padding: 12px } .tile { padding: 10px 0 0 } }
+</style>
+<header></header><main><noscript>This page draws itself with its script. The same numbers: <a href="stats.json">stats.json</a>,
+<a href="metrics">metrics</a>.</noscript></main>
+<script>
+'use strict'
+const KEEP = 150, BAR = [...Array(KEEP).keys()], state = { up: '--good', down: '--bad', drain: '--warn', maint: '--now' }
+const $ = (tag, attributes = {}, ...children) => { // text goes in as text only: names are anybody's
+  const e = tag[0] == '-' ? document.createElementNS('http://www.w3.org/2000/svg', tag.slice(1)) : document.createElement(tag)
+  for (const [key, value] of Object.entries(attributes)) key == 'click' ? e.onclick = value : e.setAttribute(key, value)
+  e.append(...children.flat().filter(c => c != null)); return e }
+const color = name => ({ style: `--c: var(${name})` })
+const scale = (n, units, step) => { let i = 0; while (n >= 999.5 && i < units.length - 1) { n /= step; i++ }
+  return (n >= 100 || !i && n % 1 == 0 ? n.toFixed(0) : n.toFixed(1)) + units[i] }
+const count = n => n < 1e5 ? (n % 1 ? n.toFixed(1) : n.toLocaleString('en')) : scale(n, ['', ' k', ' M', ' G'], 1000)
+const bytes = n => scale(n, [' B', ' kB', ' MB', ' GB', ' TB', ' PB'], 1000), rate = n => bytes(n) + '/s', persec = n => count(n) + '/s'
+const span = s => s < 60 ? `${s < 10 ? +s.toFixed(1) : s | 0} s` : s < 3600 ? `${s / 60 | 0} m ${s % 60 | 0} s`
+  : s < 86400 ? `${s / 3600 | 0} h ${s / 60 % 60 | 0} m` : `${s / 86400 | 0} d ${s / 3600 % 24 | 0} h`
+const dimZero = (n, text = count) => $('span', n ? {} : { class: 'z' }, n ? text(n) : '0')
+const last = list => list[list.length - 1] ?? 0
+
+function graph(text, ...lines) { // [name, color, values]: the newest on the right, all on one scale from 0
+  const top = Math.max(...lines.flatMap(l => l[2]), 1e-9), at = (v, i, n) => `${KEEP - n + i} ${(30 - v / top * 28).toFixed(2)}`
+  const svg = $('-svg', { viewBox: `0 0 ${KEEP - 1} 30`, preserveAspectRatio: 'none', class: 'graph' })
+  for (const [, c, values] of lines) { const path = values.map((v, i) => at(v, i, values.length)).join('L'), from = KEEP - values.length
+    if (path) svg.append($('-path', { class: 'area', d: `M${from} 30L${path}L${KEEP - 1} 30`, ...color(c) }), $('-path', { d: 'M' + path, ...color(c) })) }
+  svg.lines = lines; svg.text = text; svg.legend = lines.length > 1 || lines[0][0] ? $('div', { class: 'legend' },
+    lines.map(([name, c, values]) => $('span', {}, $('i', color(c)), name, ' ', $('b', {}, text(last(values))))),
+    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`, $('span', { class: 'w' }, ' in 5 min'))) : ''
+  return svg }
+const tile = (title, text, c, values) => $('div', { class: 'card tile' }, $('div', {}, $('h3', {}, title),
+  $('strong', {}, text(last(values)))), graph(text, ['', c, values]))
+const facts = (...pairs) => $('span', { class: 'facts' }, pairs.filter(Boolean).map(([n, what]) => $('span', {}, $('b', {}, n), ' ', what)))
+const table = (heads, rows, style = '') => $('div', { class: 'scroll' }, $('table', { class: style }, $('tr', {}, heads.map(([t, c]) => $('th', { class: c ?? '' }, t))),
+  rows.map(cells => $('tr', {}, cells.map((cell, i) => $('td', { class: heads[i][1] ?? '', ...(cell?.title ? { title: cell.title } : {}) }, cell ?? ''))))))
+
+const opened = new Set
+function servers(route) {
+  const rank = s => s.state == 'up' ? 2 : s.state == 'down' ? 0 : 1, all = [...route.servers]
+  const few = opened.has(route.name) || all.length <= 12 ? all : all.sort((a, b) => rank(a) - rank(b) || b.current - a.current).slice(0, 12)
+  return $('div', {}, table([['server'], ['now'], ['total'], ['↑', 'w'], ['↓', ''], ['connect', 'w'], ['failed'], ['weight', 'w']], few.map(s => [
+    $('span', { title: `${s.address}, ${s.state} since ${s.since}` + (s.last_failure ? `; last failure: ${s.last_failure} ${s.last_failed}` : '')
+      + (s.check ? `; check: ${s.check}` : '') }, $('i', { class: 'dot', ...color(state[s.state]) }), s.name, $('small', {}, s.state != 'up'
+      ? s.state + (s.state == 'down' && (s.check || s.last_failure) ? ` · ${s.check || s.last_failure}` : '') : s.backup ? 'backup' : '')),
+    dimZero(s.current), dimZero(s.connections), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes),
+    s.connections ? `${(s.connect_time_us / s.connections / 1000).toFixed(1)} ms` : $('span', { class: 'z' }, '–'),
+    dimZero(s.connect_failures), s.weight])), all.length > few.length || opened.has(route.name) ? $('button', { click: () => {
+      opened.delete(route.name) || opened.add(route.name); render() } }, opened.has(route.name) ? 'fewer' : `all ${all.length} servers`) : null) }
+
+const endColor = e => e == '--' ? '--good' : e[0] == 'S' || e[0] == 'I' || e[0] == 'R' ? '--bad' : e[0] == 'P' ? '--now' : e[0] == 'K' ? '--dim' : '--warn'
+function ends(route) {
+  const list = route.ends.filter(e => e.count).sort((a, b) => b.recent - a.recent || b.count - a.count).slice(0, 8)
+  const most = Math.max(1, ...list.map(e => e.recent))
+  return $('div', {}, $('h3', {}, 'ends, last 5 minutes'), list.length ? list.map(e => $('div', { title: `${e.count} since the start`,
+    ...color(endColor(e.end)) }, $('div', { class: 'end' }, $('code', {}, e.end), $('span', {}, e.reason), dimZero(e.recent)),
+    $('div', { class: 'bar' }, e.recent ? $('i', { style: `width: ${e.recent / most * 100}%` }) : null))) : $('span', { class: 'dim' }, 'none yet')) }
+
+function card(route, h) {
+  const traffic = graph(rate, ['↑ from clients', '--up', h.bytes_up], ['↓ to clients', '--down', h.bytes_down])
+  const now = graph(count, ['connections', '--now', h.current]), fresh = graph(persec, ['new', '--good', h.connections])
+  const up = route.servers.filter(s => s.state == 'up').length
+  return $('section', { class: 'card' }, $('h2', {}, route.name, $('span', { class: 'pill', ...color(up == route.servers.length ? '--good'
+    : up ? '--warn' : '--bad') }, `${up} of ${route.servers.length} up`), facts([count(route.current), route.limit ? `of ${count(route.limit)} now` : 'now'],
+    [count(route.max_current), 'max'], [count(route.connections), 'total'], [bytes(route.bytes_up), '↑'], [bytes(route.bytes_down), '↓'],
+    route.queued && [count(route.queued), 'queued'], route.refused && [count(route.refused), 'refused'], route.connect_failures
+    && [count(route.connect_failures), 'failed connects'])), $('div', { class: 'cols' }, [traffic, now, fresh].map(g =>
+    $('div', {}, g.legend, g))), $('div', { class: 'main' }, servers(route), ends(route))) }
+
+let S, H = {}, samples = 0, order = 'bytes', lost = 0, busy, pointer
+const orders = { bytes: 'most bytes', new: 'newest' }
+function render() {
+  if (!S || !getSelection().isCollapsed) return // somebody is copying
+  const sum = key => BAR.map(i => S.routes.reduce((n, r) => { const v = H[r.name][key]; return n + (v[v.length - KEEP + i] ?? 0) }, 0))
+    .slice(-Math.max(1, ...S.routes.map(r => H[r.name][key].length)))
+  const many = S.routes.length > 1
+  document.body.className = lost ? 'old' : ''
+  document.querySelector('header').replaceChildren($('h1', {}, 'tcpproxy'), $('span', { class: 'pill', ...color(lost || S.health != 'ok' ? '--bad' : '--good') },
+    lost ? `no answer since ${new Date(lost).toLocaleTimeString()}` : S.health == 'ok' ? 'healthy' : S.health), facts([span(S.uptime_s), 'up'],
+    [bytes(S.resident_bytes), 'memory'], [span(S.cpu_ms / 1000), 'processor'], S.log_dropped && [count(S.log_dropped), 'log lines dropped'], ['version', S.version]))
+  const y = scrollY
+  document.querySelector('main').replaceChildren($('div', { class: 'tiles' }, tile('connections', count, '--now', sum('current')),
+    tile('new connections', persec, '--good', sum('connections')), tile('↑ from clients', rate, '--up', sum('bytes_up')),
+    tile('↓ to clients', rate, '--down', sum('bytes_down'))), ...S.routes.map(r => card(r, H[r.name])),
+    $('section', { class: 'card' }, $('h2', {}, 'sessions', $('span', {}, Object.keys(orders).map(o => $('button', { class: o == order ? 'on' : '',
+      click: () => { order = o; poll() } }, orders[o]))), facts([count(S.sessions.length), `of ${count(S.current)}`])),
+    table([['client'], ['route', many ? 'l w' : 'w'], ['server', 'l'], ['age'], ['↑'], ['↓']], S.sessions.map(s => [s.client, many ? s.route : '',
+      s.server, span(s.age_ms / 1000), dimZero(s.bytes_up, bytes), dimZero(s.bytes_down, bytes)]), 'even')))
+  scrollTo(0, y); hover() }
+function hover() {
+  const svg = pointer && document.elementFromPoint(pointer[0], pointer[1])?.closest?.('svg'); if (!svg?.lines) return
+  const box = svg.getBoundingClientRect(), i = Math.round((pointer[0] - box.left) / box.width * (KEEP - 1)), ago = (KEEP - 1 - i) * S.interval_s
+  svg.querySelector('.mark')?.remove(); svg.append($('-path', { class: 'mark', d: `M${i} 0V30` }))
+  const say = svg.lines.map(([name, , v]) => `${name} ${v[v.length - KEEP + i] == null ? '–' : svg.text(v[v.length - KEEP + i])}`).join('  ')
+  if (svg.legend) svg.legend.lastChild.textContent = `${say.trim()}, ${span(ago)} ago`; else svg.parentNode.querySelector('h3').textContent = `${say.trim()}, ${span(ago)} ago` }
+onpointermove = e => { pointer = [e.clientX, e.clientY]; hover() }
+async function poll() {
+  if (busy) return; busy = true
+  try { const s = await (await fetch(`stats.json?since=${samples}&sessions=${order}`, { cache: 'no-store', signal: AbortSignal.timeout(8000) })).json()
+    if (S && S.started != s.started) { S = undefined; H = {}; samples = 0; busy = false; return poll() } // another process
+    const old = H; H = {}
+    for (const r of s.routes) { const h = H[r.name] = {}
+      for (const k in r.history) h[k] = [...old[r.name]?.[k] ?? [], ...r.history[k].map(v => k == 'current' ? v : v / s.interval_s)].slice(-KEEP) }
+    S = s; samples = s.samples; lost = 0 } catch { lost ||= Date.now() }
+  busy = false; render() }
+setInterval(() => document.hidden || poll(), 2000); poll()
+</script></html>
+"""u8;
+}
+
+// ---- control
+
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
+/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+internal sealed class ControlServer(Func<string[], string> answer, Log log)
+{
+    private const int MostClients = 16;
+    private const int LongestLine = 16 << 10; // bytes
+    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
+    private const int Slowest = 10_000; // ms
+    private const int Idle = 60_000; // ms
+
+    private int _clients;
+
+    /// <summary>The socket is ours from here on.</summary>
+    internal void Accepted(Socket client)
+    {
+        if (Interlocked.Increment(ref _clients) <= MostClients)
+        {
+            _ = Task.Run(() => ServeAsync(client));
+            return;
+        }
+
+        Interlocked.Decrement(ref _clients);
+        client.Dispose();
+    }
+
+    private async Task ServeAsync(Socket client)
+    {
+        try
+        {
+            using CancellationTokenSource time = new();
+            byte[] bytes = new byte[LongestLine];
+            Conduct conduct = new();
+            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            {
+                time.CancelAfter(Idle);
+                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+                length += received;
+                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+                if (end == 0 && length == LongestLine)
+                {
+                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                    return;
+                }
+
+                if (end > 0)
+                {
+                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+                }
+
+                bytes.AsSpan(end, length - end).CopyTo(bytes);
+                length -= end;
+            }
+        }
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
+        {
+            // it has left, or is too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
+        }
+    }
+
+    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
+    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
+    {
+        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
+        {
+            if (!conduct.HasQuit)
+            {
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
+                await SendAsync(client, Answer(command, conduct), time);
+            }
+        }
+
+        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
+    }
+
+    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
+    {
+        byte[] bytes = Encoding.UTF8.GetBytes(text);
+        for (int start = 0; start < bytes.Length; start += Chunk)
+        {
+            time.CancelAfter(Slowest);
+            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
+        }
+    }
+
+    private string Answer(string command, Conduct conduct)
+    {
+        string text;
+        try
+        {
+            string[] words = Text.Words(command);
+            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
+            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
+            {
+                return "";
+            }
+        }
+        catch (FormatException e)
+        {
+            text = conduct.Mark + e.Message;
+        }
+
+        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
+    }
+
+    /// <summary>What a client has said about its connection.</summary>
+    private sealed class Conduct
+    {
+        internal bool HasQuit { get; private set; }
+        internal bool IsOver { get; set; }
+        internal bool IsPrompting { get; private set; }
+        internal string Mark { get; private set; } = ""; // in front of an error, for programs
+
+        /// <summary>The answer; null to any other command.</summary>
+        internal string? Take(string[] words)
+        {
+            bool isSeverity = words is ["set", "severity-output", ..];
+            HasQuit = words[0] == "quit";
+            IsPrompting ^= words[0] == "prompt";
+            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
+                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
+                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
+            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
+        }
+    }
+}
+
+/// <summary>--ctl</summary>
+internal static class ControlClient
+{
+    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
+    /// <exception cref="IOException">there is none</exception>
+    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
+    {
+        try
+        {
+            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
+            using MemoryStream answer = new();
+            byte[] bytes = new byte[64 << 10];
+            for (int received; (received = socket.Receive(bytes)) > 0;)
+            {
+                answer.Write(bytes, 0, received);
+            }
+
+            return Read(Encoding.UTF8.GetString(answer.ToArray()));
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
+                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
+        }
+    }
+
+    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
+    private static (string Text, bool IsError) Read(string answer)
+    {
+        StringBuilder text = new();
+        bool isError = false;
+        bool isFirst = true; // of an answer
+        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
+        {
+            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
+            string words = isMarked ? line[5..] : line;
+            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
+                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
+            text.Append(words).Append('\n');
+            isFirst = line.Length == 0;
+        }
+
+        return (text.Length > 1 ? text.ToString() : "", isError);
     }
 }
 
@@ -7975,6 +10242,9 @@ internal static class Sweep
     private static int _interval;
     private static long _stopAllAt = long.MaxValue;
 
+    /// <summary>When it looked before (TickCount64), for those at whom it looks.</summary>
+    internal static long LastLook { get; private set; }
+
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
         double least = Longest * 8;
@@ -8030,6 +10300,15 @@ internal static class Sweep
         Bell.Set();
     }
 
+    /// <summary>What is watched now.</summary>
+    internal static Watched[] Snapshot()
+    {
+        lock (Gate)
+        {
+            return _watched.AsSpan(0, _count).ToArray();
+        }
+    }
+
     private static void Run()
     {
         Watched[] seen = [];
@@ -8062,6 +10341,7 @@ internal static class Sweep
                 }
             }
 
+            LastLook = now;
             Array.Clear(seen, 0, count);
             rest.Look(isQuiet, now);
         }
@@ -8102,6 +10382,21 @@ internal sealed class Rest
             GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
             _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
+    }
+}
+
+/// <summary>USR1 and USR2, where there are any.</summary>
+internal static class Signals
+{
+    internal static PosixSignalRegistration? OfUser(int number, Action heed)
+    {
+        (int first, int step) = OperatingSystem.IsLinux() ? (10, 2) : (30, 1); // macOS and the BSDs
+        return OperatingSystem.IsWindows() ? null
+            : PosixSignalRegistration.Create((PosixSignal)(first + ((number - 1) * step)), context =>
+            {
+                context.Cancel = true; // the runtime would end the process
+                heed();
+            });
     }
 }
 
@@ -8305,6 +10600,31 @@ internal static class StandardStream
     }
 }
 
+/// <summary>One that takes lines: of messages, as syslog's, or a stream of them.</summary>
+internal static class UnixSocket
+{
+    internal static Socket Connect(string path)
+    {
+        Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+        try
+        {
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType)
+        {
+            socket.Dispose();
+            socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+    }
+
+    /// <summary>A message needs no newline.</summary>
+    internal static void Send(Socket socket, ReadOnlySpan<byte> line) =>
+        socket.Send(socket.SocketType == SocketType.Dgram ? line[..^1] : line);
+}
+
 internal static class SocketErrors
 {
     /// <summary>EMFILE, ENFILE, ENOBUFS, ENOMEM.</summary>
@@ -8457,6 +10777,44 @@ internal static class Descriptors
         return found.Count > 0 ? [.. found] : throw new IOException(isOurs
             ? $"no descriptor of that name was passed, only '{string.Join("', '", names)}'"
             : "no descriptors were passed (LISTEN_PID, LISTEN_FDNAMES); is this started by socket activation?");
+    }
+}
+
+/// <summary>What this process takes; 0 where nobody knows.</summary>
+internal static class Usage
+{
+    /// <summary>Bytes, of proc_pid_statm(5).</summary>
+    internal static long Resident
+    {
+        get
+        {
+            try
+            {
+                Span<byte> text = stackalloc byte[256];
+                using SafeFileHandle file = File.OpenHandle("/proc/self/statm");
+                string[] words = Encoding.UTF8.GetString(text[..RandomAccess.Read(file, text, 0)]).Split(' ');
+                return words.Length > 1 && long.TryParse(words[1], out long pages) ? pages * Environment.SystemPageSize : 0;
+            }
+            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+            {
+                return 0;
+            }
+        }
+    }
+
+    internal static int OpenDescriptors
+    {
+        get
+        {
+            try
+            {
+                return Directory.GetFiles("/proc/self/fd").Length - 1; // one of them looks
+            }
+            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+            {
+                return 0;
+            }
+        }
     }
 }
 
@@ -8947,6 +11305,8 @@ internal static partial class Libc
     internal const int Eagain = 11;
     internal const int GetDescriptorFlags = 1;
     internal const int SetDescriptorFlags = 2;
+    internal const int SetStatusFlags = 4;
+    internal const int Append = 0x400;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
@@ -9215,7 +11575,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
 
-    protected static string CheckPath(string path)
+    internal static string CheckPath(string path)
     {
         return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
@@ -9231,6 +11591,9 @@ internal sealed class ListenAddress : Address
         : base(text, kind, host, port, lastPort)
     {
     }
+
+    /// <summary>PATH or unix:PATH</summary>
+    internal static string ParsePath(string text) => CheckPath(After("unix:", text, "path") ?? text);
 
     /// <exception cref="FormatException">it is no listen address</exception>
     internal static ListenAddress Parse(string text)
@@ -9426,6 +11789,11 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>How long something has lasted, in the two units that matter.</summary>
+    internal static string Words(TimeSpan time) =>
+        time.TotalDays >= 1 ? $"{time.Days}d {time.Hours}h" : time.TotalHours >= 1 ? $"{time.Hours}h {time.Minutes}m"
+        : time.TotalMinutes >= 1 ? $"{time.Minutes}m {time.Seconds}s" : $"{time.Seconds}s";
 
     /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
     /// <exception cref="FormatException">there is no such moment</exception>
@@ -9710,6 +12078,7 @@ internal static class Text
     internal static string Escape(string text)
     {
         if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
+            && text.AsSpan().IndexOfAnyInRange('\u2028', '\u202e') < 0 && text.AsSpan().IndexOfAnyInRange('\u2066', '\u2069') < 0
             && text.AsSpan().IndexOfAny('"', '\\') < 0)
         {
             return text;
@@ -9724,7 +12093,7 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') =>
+                < ' ' or (>= '\u007f' and <= '\u009f') or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069') =>
                     escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
                 _ => escaped.Append(c),
             };

@@ -163,9 +163,10 @@ public sealed class UsageTests : EndToEndTest
             "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout",
             "dump", "dump-limit", "record", "pcap", "pcap-rotate",
             "replace-up", "replace-down", "block-up", "block-down", "filter-up", "filter-down", "toxic", "seed",
-            "log", "log-file",
-            "log-level", "config", "check-config",
-            "drain-timeout", "threads", "buffer-size", "splice", "user", "install-service", "pid-file", "port-file", "once", "quiet", "verbose",
+            "log", "log-file", "stats", "control", "ctl",
+            "log-level", "log-long", "log-skip-empty", "config", "check-config", "reload-dry-run",
+            "drain-timeout", "threads", "buffer-size", "splice", "user", "install-service", "pid-file",
+            "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));

@@ -405,7 +405,7 @@ public sealed class BalancerTests
         Log log = new(new LogSettings { Format = LogFormat.Off });
         List<UpstreamSettings> parsed = [.. servers.Select(text => UpstreamSettings.Parse( // a:1 is a name for what needs no look-up
             char.IsLetter(text[0]) && text[1] == ':' ? $"10.0.0.{(int)text[0]}{text[1..]} name={text.Split(' ')[0]}" : text))];
-        Balancer balancer = new([.. parsed], new Resolver?[parsed.Count], portIndex, settings, null, "", log);
+        Balancer balancer = new([.. parsed], new Resolver?[parsed.Count], portIndex, settings, null, new RouteStats(""), log);
         balancer.Update();
         return balancer;
     }

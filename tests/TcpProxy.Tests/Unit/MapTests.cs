@@ -85,7 +85,7 @@ public sealed class MapTests
 
     /// <summary>Without comments and strings.</summary>
     private static string Code(string text) =>
-        Regex.Replace(text, """//[^\n]*|\$?"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])'""", "");
+        Regex.Replace(text, """"\"""[\s\S]*?\"""|//[^\n]*|\$?"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])'"""", "");
 
     private static List<(int Number, string Name, string Text)> Split(string program)
     {

@@ -127,7 +127,8 @@ public sealed class PumpTests
         (Socket client, Socket accepted) = await PairAsync();
         (Socket dialled, Socket server) = await PairAsync();
         BridgeSettings settings = new() { BufferSize = 1000 };
-        Bridge bridge = new(accepted, dialled, AddressKind.Tcp, settings);
+        Bridge bridge = new(
+            new ConnectionLine(new RouteStats("")), accepted, dialled, AddressKind.Tcp, settings, null, null);
         bridge.Start();
         Task end = Task.WhenAll(bridge.Up, bridge.Down);
         byte[] up = Bytes(50_000);
@@ -154,7 +155,9 @@ public sealed class PumpTests
     {
         (Socket client, Socket accepted) = await PairAsync();
         (Socket dialled, Socket server) = await PairAsync();
-        Bridge bridge = new(accepted, dialled, AddressKind.Tcp, new BridgeSettings { BufferSize = 1000 });
+        Bridge bridge = new(
+            new ConnectionLine(new RouteStats("")), accepted, dialled, AddressKind.Tcp, new BridgeSettings { BufferSize = 1000 },
+            null, null);
         bridge.Start();
         Task end = Task.WhenAll(bridge.Up, bridge.Down);
         server.Close(0);
