@@ -131,6 +131,7 @@ internal static class Program
                 Command.Version => Print($"tcpproxy {Help.Version}\n"),
                 Command.CheckConfig => Print($"configuration is valid: {Text.Count(settings.Routes.Count, "route")}\n"),
                 Command.Explain => Print(settings.Explain!.Answer(settings)),
+                Command.InstallService => Print(ServiceText.Of(settings, args)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
                 Command.Control => Tell(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout),
@@ -152,7 +153,9 @@ internal static class Program
     {
         EventLoop.Configure(settings.Threads);
         Descriptors.RaiseLimit();
-        Proxy proxy = new(settings, running => CommandLine.Parse(args, running)) { Version = Help.Version };
+        Account? account = settings.User is { } user ? new Account(user) : null;
+        account?.Prepare(); // before there are other threads
+        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running)) { Version = Help.Version };
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
@@ -163,13 +166,17 @@ internal static class Program
         void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            if (context.Signal == PosixSignal.SIGHUP && !OperatingSystem.IsWindows()) // there: its window is closed
+            bool isWindows = OperatingSystem.IsWindows(); // where HUP is the console that closes, TERM the machine that shuts down
+            if (context.Signal == PosixSignal.SIGHUP && !isWindows)
             {
                 proxy.Reload(out _);
+                return;
             }
-            else
+
+            proxy.Stop();
+            if (isWindows && context.Signal != PosixSignal.SIGINT)
             {
-                proxy.Stop();
+                Thread.Sleep(Timeout.Infinite); // the process would be ended when this returns: Main returns when it has drained
             }
         }
     }
@@ -520,6 +527,12 @@ internal sealed class Option(
         new("splice", '\0', "auto|off", "run", Scope.Route, "auto",
             "Move streams inside the kernel (Linux, splice(2)) instead of copying them.",
             (_, r, v) => r.Bridge.IsSplicing = Text.ParseWord(v, "word", "auto", "off") == 0),
+        new("user", '\0', "NAME[:GROUP]", "run", Scope.Process, "",
+            "Give up root for this user, its groups and GROUP (else its own), once all is bound and open. Names are those of "
+            + "/etc/passwd and /etc/group; numbers work as well. There is no way back: what is opened later (--record, another "
+            + "capture file, a listen below 1024 in a file that is read again) must be the user's to open, and what stands in "
+            + "folders of root (--pid-file, unix sockets) is left there at the end. Filters gain no privileges either.",
+            (s, _, v) => s.User = Account.Check(v)),
         new("pid-file", '\0', "FILE", "run", Scope.Process, "",
             "Write the process id to FILE when ready; removed at the end.",
             (s, _, v) => s.PidFile = Text.FileName(v)),
@@ -530,6 +543,10 @@ internal sealed class Option(
         new("once", '\0', "", "run", Scope.Process, "",
             "Serve one connection, then exit: 0 if it ended well, else 1.",
             (s, _, _) => s.Once = true),
+        new("install-service", '\0', "", "run", Scope.CommandLine, "",
+            "Print a systemd unit that runs this command line, with no more rights than it needs, and exit. On Windows print "
+            + "the sc.exe command that makes a service of it.",
+            (s, _, _) => s.Command = Command.InstallService),
         new("wait-for", '\0', "ADDR", "run", Scope.CommandLine, "",
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
             (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
@@ -615,7 +632,8 @@ internal static class CommandLine
             settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
                 : throw new FormatException("--ctl: no command follows; 'help' lists them");
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain)
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain
+            or Command.InstallService)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -1015,6 +1033,7 @@ internal enum Command
     CheckConfig,
     ReloadDryRun,
     Explain,
+    InstallService,
     WaitFor,
     Control,
 }
@@ -1063,6 +1082,7 @@ internal sealed class Settings(Settings? running = null)
     internal TimeSpan DrainTimeout { get; set; }
     internal int Threads { get; set; } // 0 = one a processor
     internal long Seed { get; set; } = Random.Shared.NextInt64(); // of the toxics' chance
+    internal string? User { get; set; } // and its group, as typed
     internal string? PidFile { get; set; }
     internal string? PortFile { get; set; }
     internal bool Once { get; set; }
@@ -1342,7 +1362,9 @@ internal sealed class Proxy : IObserved
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
     private readonly List<Acceptor> _watchers = []; // --stats, --control; owned; disposed at the end, so that one can look while it drains
-    private readonly List<string> _files = []; // written by us, so ours to remove
+    private readonly Dictionary<string, string> _files = []; // written by us, so ours to remove; and what
+    private readonly Account? _account; // to be
+    private readonly Supervisor _supervisor;
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Func<int> _count; // of the connections
@@ -1351,9 +1373,11 @@ internal sealed class Proxy : IObserved
     private int _onceTaken;
     private bool _onceFailed;
 
-    internal Proxy(Settings settings, Func<Settings, Settings> read)
+    internal Proxy(Settings settings, Account? account, Func<Settings, Settings> read)
     {
-        (_settings, _read) = (settings, read);
+        (_settings, _account, _read) = (settings, account, read);
+        _supervisor = new Supervisor(() => $"{Text.Count(_routes.Count, "route")}, "
+            + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
         _count = () => Volatile.Read(ref _serving) - 1;
@@ -1395,15 +1419,16 @@ internal sealed class Proxy : IObserved
                 stats?.Start();
                 _watchers.ForEach(acceptor => acceptor.Start());
             }
-
+            _supervisor.Ready();
             await _stopping.Task;
+            _supervisor.Stopping();
             await DrainAsync();
         }
         finally
         {
             StopAccepting();
             _watchers.ForEach(acceptor => acceptor.Dispose());
-            _files.ForEach(WholeFile.Remove);
+            Array.ForEach([.. _files.Keys], WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
         }
@@ -1431,6 +1456,12 @@ internal sealed class Proxy : IObserved
         {
             string[] outcome;
             LogLevel level = LogLevel.Info;
+            bool isTold = !isDry && _routes.Count > 0 && !_stopping.Task.IsCompleted;
+            if (isTold)
+            {
+                _supervisor.Reloading();
+            }
+
             try
             {
                 outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
@@ -1446,6 +1477,11 @@ internal sealed class Proxy : IObserved
             if (!isDry)
             {
                 Array.ForEach(outcome, line => _log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
+            }
+
+            if (isTold)
+            {
+                _supervisor.Ready();
             }
 
             words = string.Join('\n', outcome);
@@ -1553,7 +1589,14 @@ internal sealed class Proxy : IObserved
             _used.AddRange(added);
         }
 
-        List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long];
+        if (_routes.Count == 0)
+        {
+            _account?.Become();
+            _supervisor.Start();
+            Orphans.Adopt();
+        }
+
+        List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long, _supervisor.Bound];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
         Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
@@ -1616,7 +1659,9 @@ internal sealed class Proxy : IObserved
         }
         catch (Exception e) when (e is SocketException or IOException)
         {
-            throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}");
+            throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}"
+                + (address.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
+                    ? "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE" : ""));
         }
     }
 
@@ -1657,11 +1702,12 @@ internal sealed class Proxy : IObserved
         Write(_settings.PidFile, $"{Environment.ProcessId}\n");
         Write(_settings.PortFile, ports.ToString());
 
+        // what stands there stays: it may be where only root could write (--user)
         void Write(string? path, string text)
         {
-            if (path is not null && WholeFile.Write(path, text) && !_files.Contains(path))
+            if (path is not null && _files.GetValueOrDefault(path) != text && WholeFile.Write(path, text))
             {
-                _files.Add(path);
+                _files[path] = text;
             }
         }
     }
@@ -2461,6 +2507,124 @@ internal sealed class ExplainQuery
         }
 
         return text.ToString();
+    }
+}
+
+/// <summary>--install-service: how the machine's service manager is to run this command line.</summary>
+internal static class ServiceText
+{
+    private const int Descriptors = 1 << 20; // as many as Linux lets any process have by itself (fs.nr_open)
+
+    // folders that systemd makes, and gives to the service's user
+    private static readonly string[] Tops = ["/run/", "/var/log/", "/var/lib/", "/var/cache/"];
+    private static readonly string[] Makers = ["RuntimeDirectory", "LogsDirectory", "StateDirectory", "CacheDirectory"];
+
+    /// <summary>The file, or the folder (which ends with a slash), that an option has us write.</summary>
+    private static string[] Written(Choice choice) => choice.Name switch
+    {
+        "log-file" or "pid-file" or "port-file" => [choice.Value],
+        "record" => [$"{choice.Value}/"],
+        "pcap" when choice.Value != "-" => [choice.Value],
+        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
+        _ => [],
+    };
+
+    internal static string Of(Settings settings, string[] typed)
+    {
+        string program = Environment.ProcessPath ?? Path.GetFullPath(Environment.GetCommandLineArgs()[0]);
+        string[] words = Array.FindAll(typed, word => word != "--install-service");
+        return OperatingSystem.IsWindows() ? Windows(program, words) : Unit(settings, program, words);
+    }
+
+    /// <summary>For cmd.exe: a command line, as a C program splits it, as one word of another.</summary>
+    internal static string Windows(string program, string[] words) =>
+        "sc.exe create tcpproxy start= auto obj= \"NT AUTHORITY\\LocalService\" binPath= "
+        + Text.QuoteForWindows(string.Join(' ', Array.ConvertAll([program, .. words], Text.QuoteForWindows))) + "\n";
+
+    internal static string Unit(Settings settings, string program, string[] words)
+    {
+        List<Choice> choices = [.. settings.Choices];
+        settings.Routes.ForEach(route => choices.AddRange(route.Choices));
+        List<string> written = [];
+        choices.ForEach(choice => written.AddRange(Written(choice)));
+        settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
+        List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
+        string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
+        paths = paths.ConvertAll(Path.GetFullPath);
+        paths.AddRange([program, folder ?? program]);
+        bool isPrivileged = settings.Routes.Exists(route => route.Listen!.IsPrivileged);
+        bool isUnix = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
+        bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
+        bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
+        string[] user = settings.User?.Split(':') ?? [];
+        StringBuilder unit = new();
+        Add("# /etc/systemd/system/tcpproxy.service\n[Unit]\nDescription=", "TCP proxy");
+        Add("Wants=", "network-online.target");
+        Add("After=", isPassed ? "network-online.target tcpproxy.socket" : "network-online.target");
+        Add("Requires=", isPassed ? "tcpproxy.socket" : null);
+        Add("\n[Service]\nType=", "notify");
+        Add("ExecStart=", string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
+            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]));
+        Add("ExecReload=", "/bin/kill -HUP $MAINPID");
+        Add("WorkingDirectory=", folder?.Replace("%", "%%", StringComparison.Ordinal));
+        Add("Restart=", settings.Once ? "no" : "on-failure");
+        Add("WatchdogSec=", "30s");
+        Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
+            : $"{Text.Of((long)settings.DrainTimeout.TotalSeconds + 5)}s");
+        Add("LimitNOFILE=", Text.Of(Descriptors));
+        Add("DynamicUser=", user.Length == 0 ? "yes" : null);
+        Add("User=", user.Length > 0 ? user[0] : null);
+        Add("Group=", user.Length > 1 ? user[1] : null);
+        Add("AmbientCapabilities=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
+        Add("CapabilityBoundingSet=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
+        Add("UMask=", isUnix ? "0007" : "0077"); // who connects to a unix socket must be allowed to write to it
+        AddFolders();
+        Add("ProtectSystem=", "strict");
+        Add("ProtectHome=", IsBelow("/home", "/root", "/run/user") ? "read-only" : "yes");
+        Add("PrivateTmp=", IsBelow("/tmp", "/var/tmp") ? "no" : "yes");
+        Add("""
+            NoNewPrivileges=yes
+            PrivateDevices=yes
+            ProtectClock=yes
+            ProtectControlGroups=yes
+            ProtectHostname=yes
+            ProtectKernelLogs=yes
+            ProtectKernelModules=yes
+            ProtectKernelTunables=yes
+            ProtectProc=invisible
+            ProcSubset=pid
+            RemoveIPC=yes
+            RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+            RestrictNamespaces=yes
+            RestrictRealtime=yes
+            RestrictSUIDSGID=yes
+            LockPersonality=yes
+            SystemCallArchitectures=native
+            SystemCallErrorNumber=EPERM
+            SystemCallFilter=@system-service
+            """, "");
+        Add("SystemCallFilter=", isFiltering ? null : "~@privileged @resources");
+        Add("MemoryDenyWriteExecute=", isFiltering ? null : "yes"); // a filter may compile as it runs
+        Add("\n[Install]\nWantedBy=", "multi-user.target");
+        return unit.ToString();
+
+        void Add(string key, string? value) => unit.Append(value is null ? "" : $"{key}{value}\n");
+
+        bool IsBelow(params string[] tops) =>
+            paths.Exists(path => Array.Exists(tops, top => $"{path}/".StartsWith($"{top}/", StringComparison.Ordinal)));
+
+        void AddFolders()
+        {
+            HashSet<string> known = [];
+            foreach (string path in written.ConvertAll(Path.GetFullPath))
+            {
+                string parent = Path.GetDirectoryName(path) ?? "/";
+                int top = Array.FindIndex(Tops, top => parent.StartsWith(top, StringComparison.Ordinal));
+                string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{parent}", isProgram: true)}"
+                    : $"{Makers[top]}={Text.QuoteForSystemd(parent[Tops[top].Length..], isProgram: true)}";
+                Add(line, known.Add(line) ? "" : null);
+            }
+        }
     }
 }
 
@@ -4924,7 +5088,7 @@ internal class Bridge : PumpOwner, ISession
             upstream.Blocking = false;
         }
 
-        if (!OperatingSystem.IsLinux() && client.AddressFamily != AddressFamily.Unix)
+        if (!Libc.IsThere && client.AddressFamily != AddressFamily.Unix)
         {
             SocketOptions.Relay(client); // on Linux an accepted socket has it from its listener
         }
@@ -10088,6 +10252,130 @@ internal static class ControlClient
     }
 }
 
+/// <summary>Who has started us and wants to know how we are: systemd, or whoever else sets NOTIFY_SOCKET (sd_notify(3)). Where
+/// WATCHDOG_USEC is set as well we say that we live, twice in that time: the sweep rings in every event loop, and the loop that
+/// answers last sends the message, so that one which hangs holds it back. The log, the name look-ups and the thread pool may
+/// hang without that.</summary>
+internal sealed class Supervisor : Watched
+{
+    private const int StatusPause = 5000; // ms at least between two of them
+
+    private readonly string? _path; // null = nobody wants to know
+    private readonly Func<string> _status;
+    private readonly byte[] _sound = new byte[1];
+    private readonly List<Socket> _ropes = []; // one for each event loop
+    private string _told = "";
+    private long _statusDue;
+    private long _ringDue;
+    private int _silent; // loops that have been rung and have not answered
+
+    internal Supervisor(Func<string> status)
+    {
+        _status = status;
+        string? path = Take("NOTIFY_SOCKET");
+        _path = path?.Length is > 1 and <= 107 && path[0] is '/' or '@' ? path : null; // as in sun_path of unix(7)
+        bool isOurs = Take("WATCHDOG_PID") is not { } process || process == Text.Of(Environment.ProcessId);
+        Bound = long.TryParse(Take("WATCHDOG_USEC"), NumberStyles.None, CultureInfo.InvariantCulture, out long time)
+            && isOurs && _path is not null ? TimeSpan.FromMilliseconds(time / 2000) : TimeSpan.Zero;
+
+        // it is meant for us, and not for our children
+        static string? Take(string name)
+        {
+            string? value = Environment.GetEnvironmentVariable(name);
+            Environment.SetEnvironmentVariable(name, null);
+            return value;
+        }
+    }
+
+    /// <summary>How often we say that we live; zero is never.</summary>
+    internal TimeSpan Bound { get; }
+
+    /// <summary>Before other sockets have waited for anything: the runtime gives them to its loops in turn.</summary>
+    internal void Start()
+    {
+        for (int i = Bound > TimeSpan.Zero ? EventLoop.Count : 0; i > 0 && SocketPair.Open() is { } pair; i--)
+        {
+            _ropes.Add(pair.Second);
+            _ = AnswerAsync(pair.First);
+        }
+
+        if (_path is not null)
+        {
+            Sweep.Add(this);
+        }
+    }
+
+    internal void Ready() => Tell($"READY=1\nMAINPID={Text.Of(Environment.ProcessId)}\nSTATUS={_told = _status()}");
+
+    internal void Reloading() =>
+        Tell($"RELOADING=1\nMONOTONIC_USEC={Text.Of((long)Stopwatch.GetElapsedTime(0).TotalMicroseconds)}");
+
+    internal void Stopping() => Tell("STOPPING=1\nSTATUS=draining");
+
+    internal override bool Check(long now)
+    {
+        if (now >= _statusDue)
+        {
+            _statusDue = now + StatusPause;
+            string status = _status();
+            if (status != _told)
+            {
+                Tell($"STATUS={_told = status}", isPatient: false);
+            }
+        }
+
+        if (Bound > TimeSpan.Zero && now >= _ringDue && Volatile.Read(ref _silent) == 0)
+        {
+            _ringDue = now + (long)(Bound.TotalMilliseconds * 3 / 4); // the sweep may come a quarter late
+            _silent = _ropes.Count;
+            _ropes.ForEach(rope => rope.Send(_sound));
+            Answered(0);
+        }
+
+        return false;
+    }
+
+    internal override void Stop()
+    {
+    }
+
+    private async Task AnswerAsync(Socket ear)
+    {
+        byte[] heard = new byte[1];
+        while (await ear.ReceiveAsync(heard.AsMemory(), SocketFlags.None) > 0)
+        {
+            Answered(1);
+        }
+    }
+
+    private void Answered(int loops)
+    {
+        if (Interlocked.Add(ref _silent, -loops) == 0 && (loops > 0 || _ropes.Count == 0))
+        {
+            Tell("WATCHDOG=1", isPatient: false);
+        }
+    }
+
+    /// <summary>A patient one waits a while for a receiver who is behind: its message is not sent again.</summary>
+    private void Tell(string message, bool isPatient = true)
+    {
+        try
+        {
+            if (_path is not null)
+            {
+                using Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+                (socket.Blocking, socket.SendTimeout) = (isPatient, 2000);
+                socket.SendTo(
+                    Encoding.UTF8.GetBytes(message), new UnixDomainSocketEndPoint(_path[0] == '@' ? $"\0{_path[1..]}" : _path));
+            }
+        }
+        catch (SocketException)
+        {
+            // nobody is there any more, or out of descriptors just now
+        }
+    }
+}
+
 // == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
@@ -10303,6 +10591,10 @@ internal static class EventLoop
         }
     }
 
+    /// <summary>How many there are, as the runtime reckons.</summary>
+    internal static int Count => int.TryParse(Environment.GetEnvironmentVariable("DOTNET_SYSTEM_NET_SOCKETS_THREAD_COUNT"),
+        NumberStyles.None, CultureInfo.InvariantCulture, out int count) && count > 0 ? count : Environment.ProcessorCount;
+
     /// <summary>To be awaited by one who has worked for long: goes on after what has come for others.</summary>
     internal static ValueTask<int> TurnAsync() => TurnAsync(Bell.OfLoop());
 
@@ -10349,11 +10641,9 @@ internal sealed class Bell : IValueTaskSource<int>
 
     private static void HangUp()
     {
-        Span<int> ends = stackalloc int[2];
-        int type = Libc.StreamSocket | Libc.CloseOnExecSocket;
-        if (Libc.OpenSocketPair(Libc.UnixFamily, type, 0, ref MemoryMarshal.GetReference(ends)) == 0)
+        if (SocketPair.Open() is { } pair)
         {
-            Bell bell = new(Own(ends[0]), Own(ends[1]));
+            Bell bell = new(pair.First, pair.Second);
             _ = bell.RunAsync();
             bell._rope.Send(bell._sound); // now that it waits: it goes on in its loop
         }
@@ -10361,8 +10651,6 @@ internal sealed class Bell : IValueTaskSource<int>
         {
             _isHanging = 0; // out of descriptors just now
         }
-
-        static Socket Own(int descriptor) => new(new SafeSocketHandle(descriptor, ownsHandle: true));
     }
 
     private async Task RunAsync()
@@ -10404,19 +10692,37 @@ internal sealed class Bell : IValueTaskSource<int>
     }
 }
 
+internal sealed class SocketPair
+{
+    internal required Socket First { get; init; }
+    internal required Socket Second { get; init; }
+
+    /// <summary>Null when out of descriptors, and without libc.</summary>
+    internal static SocketPair? Open()
+    {
+        Span<int> ends = stackalloc int[2];
+        return Libc.IsThere && Libc.OpenSocketPair(Libc.UnixFamily, Libc.StreamSocket | Libc.CloseOnExecSocket, 0,
+            ref MemoryMarshal.GetReference(ends)) == 0 ? new SocketPair { First = Own(ends[0]), Second = Own(ends[1]) } : null;
+    }
+
+    internal static Socket Own(int descriptor) => new(new SafeSocketHandle(descriptor, ownsHandle: true));
+}
+
 /// <summary>stdout and stderr. A native executable calls write(2): System.Console would bring the terminal database
-/// and the encodings along (0.2 MB).</summary>
+/// and the encodings along (0.2 MB), send a terminal its own codes, and let a stdout that nobody reads hold up stderr.</summary>
 internal static class StandardStream
 {
     internal const int Output = 1;
     internal const int Error = 2;
+
+    private static readonly Stream?[] Files = new Stream?[Error + 1]; // never closed
 
     /// <summary>False when nobody reads it, or its disk is full.</summary>
     internal static bool TryWrite(int stream, ReadOnlySpan<byte> bytes)
     {
         if (!OperatingSystem.IsLinux() || RuntimeFeature.IsDynamicCodeSupported)
         {
-            return TryWriteConsole(stream, bytes);
+            return TryWriteFile(stream, bytes);
         }
 
         // Started with it closed, the number belongs to a descriptor of the runtime's own, which is close-on-exec.
@@ -10445,15 +10751,22 @@ internal static class StandardStream
         return true;
     }
 
-    private static bool TryWriteConsole(int stream, ReadOnlySpan<byte> bytes)
+    private static bool TryWriteFile(int stream, ReadOnlySpan<byte> bytes)
     {
         try
         {
-            using Stream console = stream == Output ? Console.OpenStandardOutput() : Console.OpenStandardError();
-            console.Write(bytes);
+            Stream file = Files[stream] ??=
+                !OperatingSystem.IsWindows() ? new FileStream(new SafeFileHandle(stream, ownsHandle: false), FileAccess.Write, 0)
+                : stream == Output ? Console.OpenStandardOutput() : Console.OpenStandardError();
+            if (file.CanSeek)
+            {
+                file.Seek(0, SeekOrigin.End); // others write there as well
+            }
+
+            file.Write(bytes);
             return true;
         }
-        catch (IOException)
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
             return false;
         }
@@ -10533,7 +10846,7 @@ internal static class SocketOptions
         const int IpBindAddressNoPort = 24;
         if (source is not null)
         {
-            if (OperatingSystem.IsLinux())
+            if (Libc.IsThere)
             {
                 socket.SetRawSocketOption(SolIp, IpBindAddressNoPort, [1, 0, 0, 0]);
             }
@@ -10554,11 +10867,24 @@ internal static class SocketOptions
         }
     }
 
-    /// <summary>An error waits to be received, a reset above all. Poll's SelectError would also find urgent data.</summary>
+    /// <summary>An error waits to be received, a reset above all. Poll's SelectError would also find urgent data. Without libc
+    /// the error is taken: who asks ends the connection for it.</summary>
     internal static bool HasFailed(Socket socket)
     {
-        Libc.PollDescriptor poll = new() { Descriptor = (int)socket.Handle };
-        return Libc.IsThere && Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0;
+        Libc.PollDescriptor poll = new() { Descriptor = Libc.IsThere ? (int)socket.Handle : -1 };
+        return Libc.IsThere ? Libc.Poll(ref poll, 1, 0) > 0 && (poll.Returned & Libc.PollError) != 0 : TakeError(socket);
+
+        static bool TakeError(Socket socket)
+        {
+            try
+            {
+                return socket.GetSocketOption(SocketOptionLevel.Socket, SocketOptionName.Error) is not 0;
+            }
+            catch (Exception e) when (e is SocketException or ObjectDisposedException)
+            {
+                return false;
+            }
+        }
     }
 
     /// <summary>It was reset, or has ended without a byte that was not received yet.</summary>
@@ -10864,6 +11190,8 @@ internal sealed class Pipe
 /// which is looked for when its output has ended: that comes a moment before.</para></summary>
 internal sealed class Child
 {
+    private static readonly List<int> Living = []; // not yet reaped, where we are process 1; under itself
+
     private readonly int _id;
     private bool _isKilled;
 
@@ -10871,6 +11199,14 @@ internal sealed class Child
 
     internal Socket Pipe { get; } // owned; disposed by Kill
     internal Socket Errors { get; } // its reader disposes it
+
+    internal static bool IsOurs(int id)
+    {
+        lock (Living)
+        {
+            return Living.Contains(id);
+        }
+    }
 
     /// <summary>Where the program is, as execvp(3) looks for it; null when there is none.</summary>
     internal static string? Find(string name)
@@ -10910,19 +11246,32 @@ internal sealed class Child
         int id = 0;
         error = Libc.OpenSocketPair(Libc.UnixFamily, Type, 0, ref ends[0]) != 0
             || Libc.OpenSocketPair(Libc.UnixFamily, Type, 0, ref ends[2]) != 0 ? Libc.Emfile
-            : Libc.Spawn(out id, path, ends[1], ends[3], [.. words, null], [.. environment, null]);
+            : Spawn(out id, path, ends[1], ends[3], [.. words, null], [.. environment, null]);
         _ = Libc.Close(ends[1]);
         _ = Libc.Close(ends[3]);
         if (error == 0)
         {
-            return new Child(id, Own(ends[0]), Own(ends[2]));
+            return new Child(id, SocketPair.Own(ends[0]), SocketPair.Own(ends[2]));
         }
 
         _ = Libc.Close(ends[0]);
         _ = Libc.Close(ends[2]);
         return null;
+    }
 
-        static Socket Own(int descriptor) => new(new SafeSocketHandle(descriptor, ownsHandle: true));
+    private static int Spawn(out int id, string path, int stdio, int stderr, string?[] words, string?[] environment)
+    {
+        if (!Orphans.AreOurs)
+        {
+            return Libc.Spawn(out id, path, stdio, stderr, words, environment);
+        }
+
+        lock (Living) // so that it is known before it is seen dead
+        {
+            int error = Libc.Spawn(out id, path, stdio, stderr, words, environment);
+            Living.AddRange(error == 0 ? [id] : []);
+            return error;
+        }
     }
 
     /// <summary>0 at the end, and where it has ended without having read all (a reset) or is killed.</summary>
@@ -10983,7 +11332,153 @@ internal sealed class Child
             await (status.Id == 0 ? Task.Delay(pause) : Task.CompletedTask);
             status = default;
         }
+
+        lock (Living)
+        {
+            Living.Remove(_id);
+        }
     }
+}
+
+/// <summary>Orphans, which process 1 (the only program of a container) gets for its children: they are reaped, those of
+/// <see cref="Child"/> are left to it.</summary>
+internal sealed class Orphans : Watched
+{
+    private const int Pause = 1000; // ms between two looks
+
+    private long _due;
+
+    internal static bool AreOurs { get; } = Libc.IsThere && Environment.ProcessId == 1;
+
+    internal static void Adopt()
+    {
+        if (AreOurs)
+        {
+            Sweep.Add(new Orphans());
+        }
+    }
+
+    internal override bool Check(long now)
+    {
+        if (now >= _due)
+        {
+            _due = now + Pause;
+            while (FirstDead() is > 0 and int id && !Child.IsOurs(id))
+            {
+                Libc.ChildStatus status = default;
+                _ = Libc.Wait(Libc.WaitProcess, id, ref status, Libc.WaitExited | Libc.WaitNoHang);
+            }
+        }
+
+        return false;
+    }
+
+    internal override void Stop()
+    {
+    }
+
+    private static int FirstDead()
+    {
+        Libc.ChildStatus status = default;
+        return Libc.Wait(Libc.WaitAny, 0, ref status, Libc.WaitExited | Libc.WaitNoHang | Libc.WaitNoReap) == 0 ? status.Id : 0;
+    }
+}
+
+/// <summary>A user to become. A static executable cannot ask the name services: the files say who it is.</summary>
+internal sealed class Account
+{
+    private const int LargestFile = 16 << 20; // bytes
+
+    private readonly string _text; // as it was typed
+    private readonly uint _user;
+    private readonly uint _group;
+    private readonly List<uint> _groups = []; // _group as well
+    private readonly bool _isNeeded;
+
+    /// <summary>NAME[:GROUP]</summary>
+    /// <exception cref="IOException">there is no such user or group, or no right to become it</exception>
+    internal Account(string text)
+    {
+        _text = text;
+        string[] parts = text.Split(':');
+        bool isGroupGiven = parts.Length > 1;
+        string[]? user = Entry("/etc/passwd", parts[0]);
+        _user = Id(user?[2] ?? parts[0], "user", parts[0], "/etc/passwd");
+        _group = isGroupGiven ? Id(Entry("/etc/group", parts[1])?[2] ?? parts[1], "group", parts[1], "/etc/group")
+            : user is not null ? Id(user[3], "group", user[3], "/etc/passwd")
+            : throw Wrong($"is not in /etc/passwd, so that its group is not known; write {text}:GROUP");
+        _groups.Add(_group);
+        foreach (string[] entry in Entries("/etc/group"))
+        {
+            if (user is not null && entry.Length > 3 && Array.IndexOf(entry[3].Split(','), user[0]) >= 0)
+            {
+                _groups.Add(Id(entry[2], "group", entry[0], "/etc/group"));
+            }
+        }
+
+        _ = Libc.GetUsers(out _, out uint effective, out _) + Libc.GetGroups(out _, out uint effectiveGroup, out _);
+        _isNeeded = effective == 0;
+        if (_isNeeded ? _user == 0 : _user != effective || (isGroupGiven && _group != effectiveGroup))
+        {
+            throw Wrong(_isNeeded ? "is root, which shall be given up" : "is another user, which only root may become");
+        }
+    }
+
+    /// <exception cref="FormatException">it cannot be one</exception>
+    internal static string Check(string text)
+    {
+        string[] parts = text.Split(':');
+        return !Libc.IsThere ? throw new FormatException("works on Linux only")
+            : parts.Length <= 2 && Array.TrueForAll(parts, part => part.Length > 0) ? text
+            : throw new FormatException($"'{text}' is not NAME or NAME:GROUP");
+    }
+
+    /// <summary>From here on no program that this thread, or one that comes from it, starts has more rights than we have.</summary>
+    internal void Prepare()
+    {
+        if (Libc.Control(Libc.SetNoNewPrivileges, 1) != 0)
+        {
+            throw Wrong("cannot be kept from new privileges (prctl)");
+        }
+    }
+
+    /// <summary>The real, effective and saved ids of all threads (which libc sees to), for good.</summary>
+    /// <exception cref="IOException">it does not go, or there is a way back</exception>
+    internal void Become()
+    {
+        uint[] groups = [.. _groups];
+        if (_isNeeded && (Libc.SetGroups((nuint)groups.Length, in groups[0]) != 0
+            || Libc.SetGroups(_group, _group, _group) != 0 || Libc.SetUsers(_user, _user, _user) != 0))
+        {
+            throw Wrong($"cannot be taken on: {Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())}");
+        }
+
+        _ = Libc.GetUsers(out uint real, out uint effective, out uint saved);
+        if (real != _user || effective != _user || saved != _user || Libc.SetUsers(0, 0, 0) == 0)
+        {
+            throw Wrong("could become root again");
+        }
+    }
+
+    private static uint Id(string number, string what, string name, string file) =>
+        uint.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out uint id) && id < uint.MaxValue ? id // -1 is nobody
+        : throw new IOException($"--user: there is no {what} {name} in {file}; one of elsewhere is given by its number");
+
+    private static string[]? Entry(string file, string name) => Entries(file).Find(
+        entry => entry.Length > 3 && (entry[0] == name || (Text.IsDigits(name) && entry[2] == name)));
+
+    private static List<string[]> Entries(string file)
+    {
+        List<string[]> entries = [];
+        foreach (string line in File.Exists(file) ? Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile)).Split('\n') : [])
+        {
+            entries.Add(line.Split(':'));
+        }
+
+        return entries;
+    }
+
+    private IOException Wrong(string what) => new($"--user: {_text} {what}");
 }
 
 /// <summary>Calls that the BCL does not have. A static executable has no dlopen: they are linked in
@@ -11007,11 +11502,13 @@ internal static partial class Libc
     internal const int Emfile = 24;
     internal const int SigKill = 9;
     internal const int SigChild = 17;
+    internal const int WaitAny = 0; // P_ALL
     internal const int WaitProcess = 1; // P_PID
     internal const int WaitGroup = 2; // P_PGID
     internal const int WaitNoHang = 1;
     internal const int WaitExited = 4;
     internal const int WaitNoReap = 0x1000000; // WNOWAIT
+    internal const int SetNoNewPrivileges = 38; // PR_SET_NO_NEW_PRIVS
     internal const int ChildExited = 1; // CLD_EXITED; the others are CLD_KILLED and CLD_DUMPED
 
     /// <summary>The numbers above and below are Linux's, on x64 and arm64. TCPPROXY_PORTABLE=1 is for the tests.</summary>
@@ -11127,6 +11624,24 @@ internal static partial class Libc
 
     [LibraryImport("libc", EntryPoint = "waitid")]
     internal static partial int Wait(int kind, int id, ref ChildStatus status, int options);
+
+    [LibraryImport("libc", EntryPoint = "prctl")]
+    internal static partial int Control(int option, nuint value, nuint third = 0, nuint fourth = 0, nuint fifth = 0);
+
+    [LibraryImport("libc", EntryPoint = "getresuid")]
+    internal static partial int GetUsers(out uint real, out uint effective, out uint saved);
+
+    [LibraryImport("libc", EntryPoint = "getresgid")]
+    internal static partial int GetGroups(out uint real, out uint effective, out uint saved);
+
+    [LibraryImport("libc", EntryPoint = "setresuid", SetLastError = true)]
+    internal static partial int SetUsers(uint real, uint effective, uint saved);
+
+    [LibraryImport("libc", EntryPoint = "setresgid", SetLastError = true)]
+    internal static partial int SetGroups(uint real, uint effective, uint saved);
+
+    [LibraryImport("libc", EntryPoint = "setgroups", SetLastError = true)]
+    internal static partial int SetGroups(nuint count, in uint groups);
 }
 
 internal enum AddressKind
@@ -11150,6 +11665,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     internal AddressKind Kind { get; } = kind;
     internal string Host { get; } = host; // or the path, or the descriptor's number or name; "" = all interfaces
     internal int PortCount => lastPort - port + 1;
+    internal bool IsPrivileged => Kind is AddressKind.Tcp or AddressKind.Loopback && port is > 0 and < 1024;
 
     public override string ToString() => Text;
 
@@ -11701,6 +12217,42 @@ internal static class Text
 
         words.AddRange(word is null ? [] : [word.ToString()]);
         return quote == ' ' ? [.. words] : throw new FormatException($"a quote ({quote}) is not closed");
+    }
+
+    /// <summary>A word for ExecStart (systemd.service(5), "Command lines"): C's escapes in quotes, % and $ twice. The program
+    /// itself, and other settings, know no $.</summary>
+    internal static string QuoteForSystemd(string word, bool isProgram)
+    {
+        StringBuilder quoted = new();
+        bool isPlain = word.Length > 0;
+        foreach (char c in word)
+        {
+            isPlain &= char.IsAsciiLetterOrDigit(c) || c is '-' or '_' or '.' or ',' or ':' or '/' or '=' or '+' or '%' or '@';
+            _ = c < ' ' ? quoted.Append("\\x").Append(((int)c).ToString("x2", CultureInfo.InvariantCulture))
+                : c is '"' or '\\' ? quoted.Append('\\').Append(c)
+                : c == '%' || (c == '$' && !isProgram) ? quoted.Append(c, 2) : quoted.Append(c);
+        }
+
+        return isPlain ? quoted.ToString() : $"\"{quoted}\"";
+    }
+
+    /// <summary>A word as programs on Windows split their command line: quotes, before which backslashes are doubled.</summary>
+    internal static string QuoteForWindows(string word)
+    {
+        if (word.Length > 0 && word.AsSpan().IndexOfAny(" \t\"") < 0)
+        {
+            return word;
+        }
+
+        StringBuilder quoted = new("\"");
+        int backslashes = 0; // right before
+        foreach (char c in word)
+        {
+            quoted.Append('\\', c == '"' ? backslashes + 1 : 0).Append(c);
+            backslashes = c == '\\' ? backslashes + 1 : 0;
+        }
+
+        return quoted.Append('\\', backslashes).Append('"').ToString();
     }
 
     /// <summary>What came from outside, without anything that a terminal or a parser could take for more: JSON's
