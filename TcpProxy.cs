@@ -68,7 +68,7 @@
 //
 //    1 PROGRAM     Main, exit status, signals
 //    2 OPTIONS     the one table; command line and file to settings; help
-//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, drain, stop
+//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
 //    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
 //    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    6 UPSTREAMS   servers: choice, retry, queue, down and up
@@ -133,6 +133,8 @@ internal static class Program
                 Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                Command.Control => Tell(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout),
+                Command.ReloadDryRun => DryRun(settings),
                 _ => await RunAsync(settings, args),
             };
         }
@@ -154,12 +156,14 @@ internal static class Program
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
+        using PosixSignalRegistration? reopen = Signals.OfUser(1, proxy.Reopen);
+        using PosixSignalRegistration? tell = Signals.OfUser(2, proxy.TellState);
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            if (context.Signal == PosixSignal.SIGHUP)
+            if (context.Signal == PosixSignal.SIGHUP && !OperatingSystem.IsWindows()) // there: its window is closed
             {
                 proxy.Reload(out _);
             }
@@ -168,6 +172,27 @@ internal static class Program
                 proxy.Stop();
             }
         }
+    }
+
+    /// <summary>Only the running process knows what it runs with.</summary>
+    private static int DryRun(Settings settings)
+    {
+        string path = settings.Control is { Kind: AddressKind.Unix } control ? control.Host : throw new IOException(
+            "--reload-dry-run: the running process is asked by its --control unix:PATH, and there is none in this configuration");
+        try
+        {
+            return Tell(path, "reload dry-run", settings.WaitTimeout);
+        }
+        catch (IOException e)
+        {
+            throw new IOException($"--reload-dry-run: no running process answers: {e.Message["--ctl: ".Length..]}");
+        }
+    }
+
+    private static int Tell(string path, string command, TimeSpan patience)
+    {
+        (string answer, bool isError) = ControlClient.Ask(path, command, patience);
+        return Print(answer) == ExitStatus.Done && !isError ? ExitStatus.Done : ExitStatus.Failed;
     }
 
     private static int Print(string text) =>
@@ -432,14 +457,32 @@ internal sealed class Option(
             (s, _, v) => s.Seed = Units.ParseCount(v)),
 
         new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
-            "Log as text (logfmt), json (the same keys) or off.",
-            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "off")),
-        new("log-file", '\0', "FILE", "observe", Scope.Process, "",
-            "Append the log to FILE instead of stderr.",
-            (s, _, v) => s.Log.File = Text.FileName(v)),
+            "Log as text (logfmt), json (the same keys), haproxy (connections as by option tcplog, in local time; the rest is "
+            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off")),
+        new("log-file", '\0', "FILE|unix:PATH", "observe", Scope.Process, "",
+            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the unix "
+            + "socket at PATH, and connect again when that is gone.",
+            (s, _, v) => s.Log.SetFile(v)),
         new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
             "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
             (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
+        new("log-long", '\0', "TIME", "observe", Scope.Live, "1h",
+            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with what "
+            + "has passed so far.",
+            (s, _, v) => s.Log.Long = Units.ParseTime(v)),
+        new("log-skip-empty", '\0', "", "observe", Scope.Live, "",
+            "Do not log connections that clients end before a byte has passed either way: probes.",
+            (s, _, _) => s.Log.SkipsEmpty = true),
+        new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
+            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
+            + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
+            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } address ? address
+                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH")),
+        new("ctl", '\0', "PATH COMMAND...", "observe", Scope.CommandLine, "",
+            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
+            + "or 1 when it is an error, or has not come within --timeout.",
+            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
 
         new("stats", '\0', "ADDR", "observe", Scope.Process, "",
             "Serve at ADDR, over HTTP, a live page of routes, servers and connections (/), /metrics for Prometheus, /stats.json, and "
@@ -455,6 +498,11 @@ internal sealed class Option(
         new("check-config", '\0', "", "run", Scope.CommandLine, "",
             "Say whether the command line and the file are valid, and exit.",
             (s, _, _) => s.Command = Command.CheckConfig),
+        new("reload-dry-run", '\0', "", "run", Scope.CommandLine, "",
+            "Print what HUP would change in the running process, and exit: 0, or 1 when none answers at the --control of this "
+            + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! before "
+            + "what only a restart changes.",
+            (s, _, _) => s.Command = Command.ReloadDryRun),
         new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
             + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
@@ -486,7 +534,7 @@ internal sealed class Option(
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
             (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
         new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
-            "How long --wait-for waits.",
+            "How long --wait-for and --ctl wait.",
             (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
         new("quiet", 'q', "", "run", Scope.Live, "",
             "Log warnings and errors only.",
@@ -562,7 +610,12 @@ internal static class CommandLine
         {
             settings.Command = Command.ShortHelp;
         }
-        else if (settings.Command is Command.Run or Command.CheckConfig or Command.Explain)
+        else if (settings.Command == Command.Control)
+        {
+            settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
+                : throw new FormatException("--ctl: no command follows; 'help' lists them");
+        }
+        else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain)
         {
             AddRoutes(settings, defaults, typed, positional);
         }
@@ -599,6 +652,11 @@ internal static class CommandLine
             else if (word[1] == '-')
             {
                 ReadLong(word, words, typed);
+                if (typed[^1].Option.Name == "ctl")
+                {
+                    positional.AddRange(words); // the command, whatever it looks like
+                    return;
+                }
             }
             else
             {
@@ -865,6 +923,7 @@ internal static class Help
           tcpproxy [DEFAULTS] -l LISTEN -u UPSTREAM... [OPTIONS] [-l ...]      many routes
           tcpproxy -c FILE [OPTIONS]                                           the same options from a file
           tcpproxy --wait-for HOST:PORT [--timeout 30s]                        wait until a server answers
+          tcpproxy --ctl PATH COMMAND...                                       tell a running proxy something
 
         """;
 
@@ -943,7 +1002,8 @@ internal static class Help
 
 // == 3  PROXY =======================================================================================================
 // Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
-// ends: no more accepting, bridges finish in time, the last lines are written.
+// ends: no more accepting, bridges finish in time, the last lines are written. A reload is a start among what runs: all that
+// may fail is done beside it, then Acceptors hand over to new Routes, which go on with what the old ones have counted.
 
 /// <summary>What the command line asks for.</summary>
 internal enum Command
@@ -953,8 +1013,10 @@ internal enum Command
     FullHelp,
     Version,
     CheckConfig,
+    ReloadDryRun,
     Explain,
     WaitFor,
+    Control,
 }
 
 /// <summary>An option that holds: as it was typed and where, or its default, which was typed nowhere. What is lasting holds from
@@ -986,6 +1048,9 @@ internal sealed class Settings(Settings? running = null)
     internal string? ConfigFile { get; set; }
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
+    internal string ControlPath { get; set; } = ""; // of --ctl
+    internal string ControlCommand { get; set; } = "";
+    internal ListenAddress? Control { get; set; }
     internal ExplainQuery? Explain { get; set; }
     internal List<Choice> Choices { get; private set; } = []; // of the process
     internal List<RouteSettings> Routes { get; private set; } = [];
@@ -1009,7 +1074,7 @@ internal sealed class Settings(Settings? running = null)
     internal void TakeOver(Settings next, List<RouteSettings> routes)
     {
         (Routes, AccessFiles, MaxConnections, DrainTimeout) = (routes, next.AccessFiles, next.MaxConnections, next.DrainTimeout);
-        Log.Level = next.Log.Level;
+        (Log.Level, Log.Long, Log.SkipsEmpty) = (next.Log.Level, next.Log.Long, next.Log.SkipsEmpty);
         Choices = [.. Choices.FindAll(choice => choice.IsLasting), .. next.Choices.FindAll(choice => !choice.IsLasting)];
     }
 }
@@ -1134,7 +1199,8 @@ internal sealed class Route
     {
         Settings = settings;
         Title = settings.Title;
-        Stats = old?.Title == Title ? old.Stats : new RouteStats(Title);
+        settings.Bridge.Log = log;
+        Stats = old?.Stats ?? new RouteStats(Title);
         Limit = old?.Limit ?? new ConnectionLimit(settings.MaxConnections, processLimit);
         Line = old?.Line ?? new WaitingLine(settings.Pool.Queue, settings.Pool.QueueTimeout, CloseReason.LimitReached);
         Refusals = new Refusals(Title, log);
@@ -1194,20 +1260,11 @@ internal sealed class Route
         Line.Serve();
     }
 
-    /// <summary>The counters, with what is so at the moment.</summary>
-    internal RouteStats Look(bool isInForce)
-    {
-        List<ServerStats> servers = [];
-        int queued = Line.Count;
-        Pools.ForEach(pool => queued += pool.Look(servers));
-        (Stats.Servers, Stats.Queued, Stats.MaxConnections, Stats.IsInForce) = (servers, queued, Settings.MaxConnections, isInForce);
-        return Stats;
-    }
-
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
     {
-        Limit.Most = Settings.MaxConnections;
+        Stats.Title = Title;
+        Limit.Most = _old?.Settings.MaxConnections == Settings.MaxConnections ? Limit.Most : Settings.MaxConnections;
         (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
         Addresses?.Use(Settings.Limits, Title);
         Rates?.PutInForce();
@@ -1243,6 +1300,23 @@ internal sealed class Route
     private UpstreamPool? PoolOf(string[]? names) => names is null ? Pool
         : Array.Find(names, name => _named.ContainsKey(Key(name))) is { } known ? _named[Key(known)] : null;
 
+    internal void Bound(int most)
+    {
+        Limit.Most = most;
+        Line.Serve();
+    }
+
+    /// <summary>The counters, with what is so at the moment.</summary>
+    internal RouteStats Look(bool isInForce)
+    {
+        List<ServerStats> servers = [];
+        int queued = Line.Count;
+        Pools.ForEach(pool => queued += pool.Look(servers));
+        (Stats.Servers, Stats.Queued, Stats.MaxConnections) = (servers, queued, Limit.Most);
+        Stats.IsInForce = isInForce;
+        return Stats;
+    }
+
     /// <summary>The servers of a TLS name: of itself, or of the longest *.NAME that it is below of.</summary>
     internal UpstreamPool? PoolOf(string? name)
     {
@@ -1259,21 +1333,20 @@ internal sealed class Route
 internal sealed class Proxy : IObserved
 {
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
-
     private const int Handover = 1000; // ms in which a client may still come to a route that is no longer in force
 
     private readonly Settings _settings; // as a reload leaves them
     private readonly Func<Settings, Settings> _read; // what was typed, and the file as it is now
     private readonly Log _log;
-    private readonly ConnectionLimit _limit; // over all routes
     private readonly Lock _changing = new(); // held while what follows changes
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
-    private readonly List<Acceptor> _watchers = []; // owned; disposed at the end, so that one can look while it drains
+    private readonly List<Acceptor> _own = []; // --stats, --control; owned; disposed at the end, so that one can look while it drains
     private readonly List<string> _files = []; // written by us, so ours to remove
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly Func<int> _count; // of the connections
     private int _serving = 1; // connections, and one for the accept loops as long as they run
     private int _signals;
     private int _onceTaken;
@@ -1282,14 +1355,21 @@ internal sealed class Proxy : IObserved
     internal Proxy(Settings settings, Func<Settings, Settings> read)
     {
         (_settings, _read) = (settings, read);
-        _limit = new ConnectionLimit(settings.MaxConnections, null);
         _onceFailed = settings.Once; // until its connection has ended well
         _log = new Log(settings.Log);
+        _count = () => Volatile.Read(ref _serving) - 1;
+        Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
 
     public required string Version { get; init; }
     public DateTime StartedAt { get; } = DateTime.UtcNow;
     public bool IsDraining => _stopping.Task.IsCompleted;
+
+    internal ConnectionLimit Limit { get; }
+    internal List<Route> Routes => _routes;
+    internal Settings Settings => _settings;
+    internal Log Log => _log;
+    internal int Listeners => _acceptors.Count;
 
     public List<RouteStats> Look()
     {
@@ -1309,20 +1389,21 @@ internal sealed class Proxy : IObserved
         _log.Start();
         try
         {
-            BindStats();
             lock (_changing)
             {
+                StatsServer? stats = BindOwn();
                 PutInForce(_settings);
+                stats?.Start();
+                _own.ForEach(acceptor => acceptor.Start());
             }
 
-            _watchers.ForEach(acceptor => acceptor.Start());
             await _stopping.Task;
             await DrainAsync();
         }
         finally
         {
             StopAccepting();
-            _watchers.ForEach(acceptor => acceptor.Dispose());
+            _own.ForEach(acceptor => acceptor.Dispose());
             _files.ForEach(WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             _log.Stop(LastLines);
@@ -1390,6 +1471,31 @@ internal sealed class Proxy : IObserved
         return difference;
     }
 
+    /// <summary>For those who rotate logs.</summary>
+    internal void Reopen() => _log.Reopen();
+
+    /// <summary>Says in words how things stand.</summary>
+    internal void TellState()
+    {
+        int most = 1000; // lines of servers
+        _log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
+            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(_log.DroppedInAll, "line")} of the log dropped{(IsDraining ? ", draining" : "")}");
+        foreach (RouteStats route in Look())
+        {
+            _log.State(Text.Count(route.Current, "connection") + (route.Queued > 0 ? $", {route.Queued} waiting" : "")
+                + (route.MaxConnections > 0 ? $", at most {route.MaxConnections}" : ""), route.Title);
+            most -= route.Servers.Count;
+            route.Servers[..Math.Clamp(most + route.Servers.Count, 0, route.Servers.Count)].ForEach(server => _log.State(
+                $"server {server.Title} is {server.State}, {Text.Count(server.Current, "connection")}"
+                    + (server.Weight == 1 ? "" : $", weight {server.Weight}") + (server.IsBackup ? ", backup" : ""), route.Title));
+        }
+
+        if (most < 0)
+        {
+            _log.State($"and {Text.Count(-most, "server")} more");
+        }
+    }
+
     /// <summary>What then still waits for a name server is left behind.</summary>
     private async Task EndWithinAsync(TimeSpan patience)
     {
@@ -1416,7 +1522,7 @@ internal sealed class Proxy : IObserved
             foreach (RouteSettings settings in next.Routes)
             {
                 Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
-                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, _limit, _log, old));
+                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, _log, old));
                 OpenTaps(routes[^1].Settings, opened);
             }
 
@@ -1446,10 +1552,10 @@ internal sealed class Proxy : IObserved
             _used.AddRange(added);
         }
 
-        List<TimeSpan> bounds = [next.DrainTimeout];
+        List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
-        _limit.Most = next.MaxConnections;
+        Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
         gone.ForEach(route => route.StopChecks());
         added.ForEach(route => route.PutInForce());
         acceptors.ForEach(acceptor => acceptor.Start());
@@ -1513,23 +1619,33 @@ internal sealed class Proxy : IObserved
         }
     }
 
-    private void BindStats()
+    private StatsServer? BindOwn()
     {
-        if (_settings.Stats is not { } address)
+        StatsServer? stats = null;
+        if (_settings.Stats is { } address)
         {
-            return;
+            stats = new StatsServer(this, _log);
+            BindOwn("--stats", address, stats.Accepted, isPrivate: false);
+            _log.Event(LogLevel.Info, "stats", _own[0].Address);
         }
 
+        if (_settings.Control is { } path)
+        {
+            BindOwn("--control", path, new ControlServer(words => ControlCommand.Answer(this, words), _log).Accepted, isPrivate: true);
+        }
+
+        return stats;
+    }
+
+    private void BindOwn(string option, ListenAddress address, Action<Socket> accepted, bool isPrivate)
+    {
         try
         {
-            StatsServer server = new(this, _log);
-            Acceptor.Bind(address, _log, (visitor, _) => server.Accepted(visitor), _watchers);
-            server.Start();
-            _log.Event(LogLevel.Info, "stats", _watchers[0].Address);
+            Acceptor.Bind(address, _log, (client, _) => accepted(client), _own, isPrivate: isPrivate);
         }
-        catch (Exception e) when (e is SocketException or IOException)
+        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
         {
-            throw new IOException($"--stats: cannot listen on {address.Text}: {Text.Reason(e)}");
+            throw new IOException($"{option}: cannot listen on {address.Text}: {Text.Reason(e)}");
         }
     }
 
@@ -1629,7 +1745,7 @@ internal sealed class Proxy : IObserved
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = new(route.Stats);
+        ConnectionLine line = _settings.Log.Format == LogFormat.Haproxy ? new HaproxyLine(route.Stats, _count) : new ConnectionLine(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -1649,7 +1765,7 @@ internal sealed class Proxy : IObserved
             reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached && route.Line.Most > 0)
             {
-                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client);
+                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line);
             }
 
             isAdmitted = reason is null;
@@ -1674,12 +1790,12 @@ internal sealed class Proxy : IObserved
             }
 
             connection = await route.PoolOf(first?.Name)!.ConnectAsync( // (3) (4)
-                portIndex, line.Client, client, hasSpoken: first is { Length: > 0 });
+                portIndex, line, client, hasSpoken: first is { Length: > 0 });
             line.Target = connection.Upstream?.Title ?? line.Target;
             reason = connection.Failure;
             if (reason is null)
             {
-                line.Connected(connection.Server, connection.Stats);
+                line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
                     : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
                         connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
@@ -1689,7 +1805,8 @@ internal sealed class Proxy : IObserved
             if (reason is null)
             {
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection, bridge) : RelayTappedAsync(route, connection, bridge, taps);
+                _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
+                    : RelayTappedAsync(route, connection.Place!, bridge, taps);
                 return;
             }
 
@@ -1739,26 +1856,26 @@ internal sealed class Proxy : IObserved
     }
 
     /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Connection connection, Bridge bridge)
+    private async Task RelayAsync(Route route, Server server, Bridge bridge)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
-        Ended(route, connection, bridge);
+        Ended(route, server, bridge);
     }
 
-    private async Task RelayTappedAsync(Route route, Connection connection, Bridge bridge, Conversation taps)
+    private async Task RelayTappedAsync(Route route, Server server, Bridge bridge, Conversation taps)
     {
         bridge.Start();
         await bridge.Up;
         await bridge.Down;
         taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, connection, bridge);
+        Ended(route, server, bridge);
     }
 
-    private void Ended(Route route, Connection connection, Bridge bridge)
+    private void Ended(Route route, Server server, Bridge bridge)
     {
-        connection.Release();
+        server.Leave();
         (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
         End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
@@ -1912,6 +2029,401 @@ internal static class Difference
     }
 }
 
+/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
+/// with HAProxy's sentence for it.</summary>
+internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
+{
+    private const int Margin = 56; // where help starts
+    private const int HeaviestWeight = 256;
+    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
+    private const string Columns = // of HAProxy 2.6
+        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
+        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
+        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
+        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
+        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
+        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
+        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
+        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
+        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
+        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
+        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
+        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
+        + "h1_spliced_bytes_out";
+    private static readonly ControlCommand[] Table =
+    [
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
+        new("reload", "[dry-run]", "read the file again, and apply (or say) what is different", Reload),
+        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
+        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
+        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
+        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
+        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
+        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
+        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "names of the routes", ShowRoutes),
+        new("show info", "", "about the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
+        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
+        new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
+        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
+        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
+        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
+        new("prompt", "", "stay connected, with a prompt; or no longer"),
+        new("quit", "", "disconnect"),
+    ];
+
+    private readonly string[] _words = words.Split(' ');
+    private readonly Func<Proxy, string[], string>? _answer = answer;
+
+    private string Words { get; } = words;
+    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
+
+    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
+    internal static string Answer(Proxy proxy, string[] words)
+    {
+        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+    }
+
+    private static FormatException Unknown(string[] words)
+    {
+        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
+        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
+    }
+
+    private static string List(string start)
+    {
+        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
+    }
+
+    // ---- what is named
+
+    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
+
+    private static FormatException None(string what, string name, List<string> known)
+    {
+        string? near = Text.Nearest(name, [.. known]);
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
+    }
+
+    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
+    {
+        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
+        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
+    }
+
+    private static List<Server> ServersOf(Route route)
+    {
+        List<Server> servers = [];
+        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
+        return servers;
+    }
+
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
+    private static List<Server> ServersOf(Proxy proxy, string[] words)
+    {
+        string name = At(words, 0);
+        int slash = name.IndexOf('/', StringComparison.Ordinal);
+        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
+        routes = routes.Count > 0 ? routes
+            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
+        List<Server> found = [];
+        List<string> known = [];
+        foreach (Route route in routes)
+        {
+            List<Server> servers = ServersOf(route);
+            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+            found.AddRange(servers.FindAll(server =>
+                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
+        }
+
+        return found.Count > 0 ? found : throw None("server", name, known);
+    }
+
+    private static int Count(string[] words, int index, string expected) =>
+        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
+        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
+
+    // ---- to change
+
+    private static string SetServer(Proxy proxy, string[] words)
+    {
+        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        return At(words, 1) switch
+        {
+            "weight" => SetWeight(proxy, words, 2),
+            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
+            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
+            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+        };
+    }
+
+    private static string Put(Proxy proxy, string[] words, ServerMode mode)
+    {
+        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
+        return "";
+    }
+
+    private static string GetWeight(Proxy proxy, string[] words) =>
+        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
+
+    private static string SetWeight(Proxy proxy, string[] words, int index)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        bool isPercent = At(words, index).EndsWith('%');
+        int number = Count(Array.ConvertAll(words, word => word.TrimEnd('%')), index, "Require <weight> or <weight%>.");
+        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
+            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
+        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
+        return "";
+
+        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
+    }
+
+    private static string SetServerLimit(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        int most = Count(words, 1, "Require <maxconn>.");
+        servers.ForEach(server => server.Balancer.Bound(server, most));
+        return "";
+    }
+
+    private static string SetRouteLimit(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
+            : throw new FormatException("A frontend name is expected.");
+        int most = Count(words, 1, "Integer value expected.");
+        routes.ForEach(route => route.Bound(most));
+        return "";
+    }
+
+    private static string SetLimit(Proxy proxy, string[] words)
+    {
+        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
+        proxy.Routes.ForEach(route => route.Line.Serve());
+        return "";
+    }
+
+    private static string Reload(Proxy proxy, string[] words)
+    {
+        bool isDry = words is ["dry-run"];
+        return words.Length > 0 && !isDry ? throw new FormatException("'reload' and 'reload dry-run' are all there is.")
+            : proxy.Reload(out string outcome, isDry) ? outcome : throw new FormatException(outcome);
+    }
+
+    // ---- connections
+
+    private static List<Bridge> Sessions(string? id = null)
+    {
+        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
+        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
+        List<Bridge> sessions = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
+            {
+                sessions.Add(bridge);
+            }
+        }
+
+        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return sessions;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
+        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
+        foreach (Bridge bridge in sessions)
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            string route = Word(line.RouteStats.Title);
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
+                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
+            : throw new FormatException("Session pointer expected (use 'show sess')."));
+        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
+        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
+        return "";
+    }
+
+    // ---- to look at
+
+    private static string ShowInfo(Proxy proxy, string[] words)
+    {
+        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
+        long files = Descriptors.Limit;
+        (long connections, long bytes) = (0, 0);
+        new Totals(proxy).Routes.ForEach(route =>
+            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
+        return $"""
+            Name: tcpproxy
+            Version: {TcpProxy.Help.Version}
+            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
+            Nbproc: 1
+            Process_num: 1
+            Pid: {Environment.ProcessId}
+            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
+            Uptime_sec: {Seconds(proxy.StartedAt)}
+            Ulimit-n: {files}
+            Maxsock: {files}
+            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
+            Hard_maxconn: {files / 2}
+            CurrConns: {proxy.Limit.Count}
+            CumConns: {connections}
+            node: {Environment.MachineName}
+            Stopping: {(proxy.IsDraining ? 1 : 0)}
+            Listeners: {proxy.Listeners}
+            DroppedLogs: {proxy.Log.DroppedInAll}
+            TotalBytesOut: {bytes}
+            Start_time_sec: {(long)(proxy.StartedAt - DateTime.UnixEpoch).TotalSeconds}
+
+            """;
+    }
+
+    private static string ShowRoutes(Proxy proxy, string[] words) =>
+        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
+
+    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
+    private static string ShowServers(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
+            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
+            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
+            + "srv_agent_port\n");
+        foreach (Route route in routes)
+        {
+            int id = 0;
+            foreach (Server server in ServersOf(route))
+            {
+                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
+                string check = !server.IsChecked ? "1 0 2 0" : !server.IsDown ? "6 3 4 6" : "8 2 0 6";
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
+                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
+                    .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
+                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
+                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
+            }
+        }
+
+        return text.ToString();
+    }
+
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
+    /// is any.</summary>
+    private static string ShowStat(Proxy proxy, string[] words)
+    {
+        (int types, int only) = (-1, -1);
+        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
+        {
+            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
+        }
+
+        _ = new Totals(proxy); // which has all of them look
+        string[] columns = Columns.Split(',');
+        StringBuilder text = new($"# {Columns},\n");
+        List<Route> routes = proxy.Routes;
+        for (int i = 0; i < routes.Count; i++)
+        {
+            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
+            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
+            {
+                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
+                {
+                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
+                }
+            }
+        }
+
+        return text.ToString();
+    }
+
+    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
+    {
+        List<Dictionary<string, object>> rows = [];
+        RouteStats stats = route.Stats;
+        Add("FRONTEND", 0, 0, "OPEN", stats, "slim", Bound(route.Limit.Most), "stot", stats.Connections - stats.Refused,
+            "conn_tot", stats.Connections, "dcon", stats.Refused);
+        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
+        foreach (ServerStats server in stats.Servers)
+        {
+            bool isUsable = server.State == "up";
+            int share = server.Weight * server.Percent / 100;
+            connections += server.Connections;
+            weight += isUsable ? share : 0;
+            active += isUsable && !server.IsBackup ? 1 : 0;
+            backup += isUsable && server.IsBackup ? 1 : 0;
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
+                "slim", Bound(server.MaxConnections), "stot", server.Connections, "lbtot", server.Connections, "weight", share,
+                "uweight", server.Weight, "throttle", server.Percent < 100 ? server.Percent : "",
+                "act", server.IsBackup ? 0 : 1, "bck", server.IsBackup ? 1 : 0, "chkdown", server.Downs,
+                "lastchg", Seconds(server.Since), "last_chk", server.Check, "addr", server.Address,
+                "ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000);
+        }
+
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
+            "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
+            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
+        return rows;
+
+        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
+        {
+            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
+                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
+                .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
+                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
+            Dictionary<string, object> row = [];
+            for (int i = 0; i < cells.Length; i += 2)
+            {
+                row[(string)cells[i]] = cells[i + 1];
+            }
+
+            rows.Add(row);
+        }
+
+        static object Bound(int most) => most > 0 ? most : "";
+    }
+
+    private static string Cell(object? value)
+    {
+        string text = $"{value}";
+        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
+    }
+
+    /// <summary>A name between blanks.</summary>
+    private static string Word(string name) => name.Replace(' ', '_');
+
+    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
+
+    /// <summary>Its two largest units.</summary>
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
+}
+
 /// <summary>--explain: what would become of a client, and why.</summary>
 internal sealed class ExplainQuery
 {
@@ -2058,11 +2570,12 @@ internal sealed class Acceptor : IDisposable
     // ---- binding
 
     /// <summary>Adds one acceptor a socket to <paramref name="acceptors"/>, which hands over once it is started. One of
-    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it.</summary>
+    /// <paramref name="old"/> that has what is asked for is taken from there, with its socket and those who wait at it. The path
+    /// of a private one is its owner's.</summary>
     /// <exception cref="SocketException">an address cannot be bound</exception>
     /// <exception cref="IOException">a descriptor or a path is not what it should be</exception>
-    internal static void Bind(
-        ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors, List<Acceptor>? old = null)
+    internal static void Bind(ListenAddress address, Log log, Action<Socket, int> accepted, List<Acceptor> acceptors,
+        List<Acceptor>? old = null, bool isPrivate = false)
     {
         switch (address.Kind)
         {
@@ -2110,13 +2623,17 @@ internal sealed class Acceptor : IDisposable
             }
 
             Socket[] sockets = bind();
+            string? path = address.Kind == AddressKind.Unix ? address.Host : null;
             foreach (Socket socket in sockets)
             {
-                acceptors.Add(new Acceptor(
-                    socket, key, address.Kind == AddressKind.Unix ? address.Host : null, socket != sockets[0], log, HandOver));
-                if (socket.AddressFamily != AddressFamily.Unix)
+                acceptors.Add(new Acceptor(socket, key, path, socket != sockets[0], log, HandOver));
+                if (path is null)
                 {
                     SocketOptions.Relay(socket);
+                }
+                else if (isPrivate && !OperatingSystem.IsWindows())
+                {
+                    File.SetUnixFileMode(path, UnixFileMode.UserRead | UnixFileMode.UserWrite); // nobody can have connected yet
                 }
 
                 socket.Listen(Backlog);
@@ -2675,6 +3192,7 @@ internal sealed class ConnectionLimit(int most, ConnectionLimit? enclosing)
     private int _count;
 
     internal int Most { get; set; } = most;
+    internal int Count => Volatile.Read(ref _count);
 
     internal bool TryEnter()
     {
@@ -2912,6 +3430,8 @@ internal sealed class Refusals(string route, Log log) : Watched
 //     up -- --max-fails failed connects (Dialled) --> down for --fail-timeout, then one client tries it (TryTake)
 //     up, down -- --check-fall failed checks (Checked) --> down until checks go well
 //     down -- a connect (Dialled), or --check-rise checks (Checked), go well --> up, with a share that grows
+//
+// What an administrator says of a server (--control) is no opinion: one that is out is not tried, whatever else there is.
 
 /// <summary>One upstream as it was typed: its address and what follows it.</summary>
 internal sealed class UpstreamSettings(UpstreamAddress address)
@@ -3003,16 +3523,18 @@ internal sealed class PoolSettings
 /// <summary>One server: an upstream, or one of several addresses of an upstream's name.</summary>
 internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resolver? resolver, EndPoint[] targets)
 {
-    internal int Active; // connections; changed by Interlocked
+    internal ref int Active => ref Stats.Active;
 
     internal Balancer Balancer { get; } = balancer;
-    internal UpstreamSettings Upstream { get; set; } = upstream;
+    internal UpstreamSettings Upstream { get; private set; } = upstream;
     internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
-    internal string Title { get; set; } = ""; // for the log, and for Maglev
     internal ServerStats Stats { get; } = new(balancer.RouteStats);
-    internal int Weight => Upstream.Weight;
-    internal bool HasRoom => Upstream.MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal string Title { get => Stats.Title; set => Stats.Title = value; } // for the log, and for Maglev
+    internal int Weight => OwnWeight ?? Upstream.Weight;
+    internal int MaxConnections => OwnMaxConnections ?? Upstream.MaxConnections;
+    internal bool HasRoom => MaxConnections is int most && (most == 0 || Volatile.Read(ref Active) < most);
+    internal bool IsOut => Weight == 0 || Mode != ServerMode.Ready;
 
     // the rest is the balancer's, under its gate; times are TickCount64
     internal int Turn { get; set; } // how much it is due
@@ -3022,6 +3544,18 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal int Contrary { get; set; } // checks in a row that say otherwise
     internal long BackSince { get; set; } // 0 = its start is over
     internal UpstreamPool? Checker { get; set; } // which has a loop for it
+    internal bool IsChecked => Checker is not null;
+    internal ServerMode Mode { get; set; } // an administrator's, as both below; null = as typed
+    internal int? OwnWeight { get; set; }
+    internal int? OwnMaxConnections { get; set; }
+
+    /// <summary>What an administrator said holds until the file says something else.</summary>
+    internal void Use(UpstreamSettings next)
+    {
+        OwnWeight = next.Weight == Upstream.Weight ? OwnWeight : null;
+        OwnMaxConnections = next.MaxConnections == Upstream.MaxConnections ? OwnMaxConnections : null;
+        Upstream = next;
+    }
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
     internal bool IsCheckedDown => IsDown && Until == long.MaxValue;
@@ -3037,9 +3571,11 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     /// <summary>The counters, with what is so at the moment.</summary>
     internal ServerStats Look()
     {
-        (Stats.Title, Stats.Address) = (Title, Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text);
-        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, Upstream.MaxConnections);
-        (Stats.Current, Stats.State) = (Volatile.Read(ref Active), IsDown ? "down" : Weight == 0 ? "drain" : "up");
+        Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
+        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
+        (Stats.Current, Stats.IsChecked, Stats.Percent) = (Volatile.Read(ref Active), IsChecked, Percent(Environment.TickCount64));
+        Stats.State = Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
+            : IsDown ? "down" : Weight == 0 ? "drain" : "up";
         return Stats;
     }
 
@@ -3060,9 +3596,9 @@ internal readonly struct Connection(
     internal Socket? Socket { get; } = dial?.Socket; // null for the built-in servers
     internal EndPoint? Server { get; } = dial?.Target;
     internal CloseReason? Failure { get; } = failure;
-    internal ServerStats? Stats => server?.Stats;
+    internal Server? Place { get; } = server; // that has one for it
 
-    internal void Release() => server?.Leave();
+    internal void Release() => Place?.Leave();
 }
 
 /// <summary>Picks servers and keeps their state. A pool of one server without a bound needs no lock; any other takes one
@@ -3082,7 +3618,7 @@ internal sealed class Balancer(
     internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
-    internal RouteStats RouteStats { get; private set; } = route;
+    internal RouteStats RouteStats { get; } = route;
 
     /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
     internal int Look(List<ServerStats> servers)
@@ -3112,8 +3648,7 @@ internal sealed class Balancer(
 
     /// <summary>A reload. A server whose address and name stay keeps its state.</summary>
     internal void Use(
-        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource,
-        RouteStats newRoute)
+        UpstreamSettings[] newUpstreams, Resolver?[] newResolvers, PoolSettings newSettings, IPAddress? newSource)
     {
         lock (_gate)
         {
@@ -3124,12 +3659,10 @@ internal sealed class Balancer(
                 UpstreamSettings? same = left.Find(
                     one => one.Address.Text == upstream.Address.Text && one.Title == upstream.Title);
                 left.Remove(same!);
-                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Upstream = upstream);
+                _known.FindAll(server => server.Upstream == same).ForEach(server => server.Use(upstream));
             }
 
             (upstreams, resolvers, settings, source) = (newUpstreams, newResolvers, newSettings, newSource);
-            RouteStats = newRoute;
-            _known.ForEach(server => server.Stats.RouteStats = newRoute);
             (Line.Most, Line.Patience) = (settings.Queue, settings.QueueTimeout);
             if (settings.Check == TimeSpan.Zero)
             {
@@ -3189,7 +3722,12 @@ internal sealed class Balancer(
             Server? server = _known.Find(server => server.Upstream == upstream && server.Targets.AsSpan().SequenceEqual(targets));
             if (server is null)
             {
+                List<Server> others = _known.FindAll(other => other.Upstream == upstream);
                 _known.Add(server = new Server(this, upstream, resolver, targets));
+                if (others.Count > 0 && others.TrueForAll(other => other.Mode == others[0].Mode))
+                {
+                    server.Mode = others[0].Mode; // a new address of a name that is out
+                }
             }
 
             server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
@@ -3206,7 +3744,7 @@ internal sealed class Balancer(
     internal Server? TryTake(ulong client, List<Server>? tried, long now, out bool isFull)
     {
         isFull = false;
-        if (Servers is [{ Upstream: { Weight: > 0, MaxConnections: 0 } } lone] && tried is null)
+        if (Servers is [{ IsOut: false, MaxConnections: 0 } lone] && tried is null)
         {
             Interlocked.Increment(ref lone.Active);
             return lone;
@@ -3241,7 +3779,7 @@ internal sealed class Balancer(
         {
             int rank = !server.IsUp(now) ? server.HasRoom ? 3 : DownAndFull
                 : !server.HasRoom ? Full : server.Upstream.IsBackup ? 1 : 0;
-            if (rank > best || server.Weight == 0 || tried?.Contains(server) == true)
+            if (rank > best || server.IsOut || tried?.Contains(server) == true)
             {
                 continue;
             }
@@ -3335,7 +3873,7 @@ internal sealed class Balancer(
     /// name. Null where there are none, or where a second attempt could be one too many for max-connections.</summary>
     internal Server[]? Racers(Server server, List<Server>? tried, long now)
     {
-        if (server.Resolver is not { Addresses.Length: > 1 } || server.Upstream.MaxConnections > 0)
+        if (server.Resolver is not { Addresses.Length: > 1 } || server.MaxConnections > 0)
         {
             return null;
         }
@@ -3344,7 +3882,7 @@ internal sealed class Balancer(
         lock (_gate)
         {
             racers.AddRange(Array.FindAll(_servers, other => other.Upstream == server.Upstream && other != server
-                && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
+                && !other.IsOut && (other.IsUp(now) || !server.IsUp(now)) && tried?.Contains(other) != true));
         }
 
         return Resolver.Interleave(racers, racer => racer.Targets[0].AddressFamily);
@@ -3352,7 +3890,7 @@ internal sealed class Balancer(
 
     /// <summary>Another address of the same name, not tried yet, which costs none of the --retries.</summary>
     internal bool HasOther(Server server, List<Server> tried) =>
-        Array.Exists(Servers, other => other.Upstream == server.Upstream && !tried.Contains(other));
+        Array.Exists(Servers, other => other.Upstream == server.Upstream && !other.IsOut && !tried.Contains(other));
 
     // ---- up and down
 
@@ -3407,6 +3945,11 @@ internal sealed class Balancer(
         server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
+            if (server.Mode == ServerMode.Maintenance)
+            {
+                return; // it was on its way
+            }
+
             server.Contrary = isDown == server.IsCheckedDown ? 0 : server.Contrary + 1;
             if (server.Contrary >= (isDown ? settings.CheckFall : settings.CheckRise))
             {
@@ -3437,6 +3980,49 @@ internal sealed class Balancer(
             server.Stats.Turned(isDown);
             log.ServerState(RouteStats.Title, server.Title, !isDown, reason);
         }
+    }
+
+    // ---- an administrator's words
+
+    /// <summary>Back from maintenance, in which nobody has looked at it, a server is up; the first check that fails says
+    /// otherwise.</summary>
+    internal void Put(Server server, ServerMode mode)
+    {
+        lock (_gate)
+        {
+            if (server.Mode == ServerMode.Maintenance && mode != ServerMode.Maintenance)
+            {
+                (server.IsDown, server.Until, server.Fails) = (false, 0, 0);
+                server.Contrary = server.IsChecked ? settings.CheckFall - 1 : 0;
+            }
+
+            if (server.Mode != mode)
+            {
+                log.ServerState(RouteStats.Title, server.Title, mode);
+                server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
+                server.Mode = mode;
+                server.Stats.Turned(isDown: false);
+            }
+        }
+
+        Line.Serve();
+    }
+
+    internal void Weigh(Server server, int weight)
+    {
+        lock (_gate)
+        {
+            server.OwnWeight = weight;
+            _table = [];
+        }
+
+        Line.Serve();
+    }
+
+    internal void Bound(Server server, int most)
+    {
+        server.OwnMaxConnections = most;
+        Line.Serve();
     }
 }
 
@@ -3538,11 +4124,12 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
     /// <summary>Waits until <paramref name="tryEnter"/> has found room; it is called in order, and under the line's lock.
     /// Null then, else why not: a client that is reset, or ends without having sent anything, has left. One that
-    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.</summary>
+    /// <paramref name="hasSpoken"/> before may end and wait. One who <paramref name="isPicky"/> does not hold up those behind.
+    /// Its log <paramref name="line"/> is told.</summary>
     internal Task<CloseReason?> EnterAsync(
-        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false)
+        Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false, ConnectionLine? line = null)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience));
+        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience), line);
         Add(waiter);
         return waiter.Outcome.Task;
     }
@@ -3558,6 +4145,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
             }
 
             waiter.Node = _waiters.AddLast(waiter);
+            waiter.Told?.Queued(_waiters.Count);
             _holding += waiter.IsPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
@@ -3599,14 +4187,17 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
                 _waiters.Remove(node);
                 _holding -= waiter.IsPicky ? 0 : 1;
                 Sweep.Remove(waiter);
+                waiter.Told?.Dequeued();
                 waiter.Outcome.SetResult(reason);
             }
         }
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline) : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline,
+        ConnectionLine? told = null) : Watched
     {
+        internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
         internal bool IsPicky { get; } = isPicky;
         internal LinkedListNode<Waiter>? Node { get; set; } // its place
@@ -3630,8 +4221,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
 
 /// <summary>The upstreams of a route: connects a client to one of their servers, and checks the servers.</summary>
 internal sealed class UpstreamPool(
-    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log,
-    UpstreamPool? old = null)
+    UpstreamSettings[] upstreams, PoolSettings settings, ConnectSettings connect, RouteStats route, Log log, UpstreamPool? old = null)
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
@@ -3649,7 +4239,7 @@ internal sealed class UpstreamPool(
         for (int i = 0; i < _balancers.Length && _old?._balancers.Length == _balancers.Length; i++)
         {
             _balancers[i] = _old._balancers[i];
-            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source, route);
+            _balancers[i]?.Use(upstreams, _resolvers, settings, connect.Source);
         }
 
         _old = null;
@@ -3658,11 +4248,12 @@ internal sealed class UpstreamPool(
     }
 
     /// <summary>Connects to one server, or to the next when that fails: no more than --retries others.
-    /// <paramref name="from"/> is the client's address as --balance source takes it; its socket <paramref name="client"/> is
-    /// looked at only to see whether it has left.</summary>
+    /// The log <paramref name="line"/> is told, and has the client's address for --balance source; its socket
+    /// <paramref name="client"/> is looked at only to see whether it has left.</summary>
     internal async ValueTask<Connection> ConnectAsync(
-        int portIndex, EndPoint? from = null, Socket? client = null, bool hasSpoken = false)
+        int portIndex, ConnectionLine? line = null, Socket? client = null, bool hasSpoken = false)
     {
+        line?.Choosing();
         long deadline = Watched.Deadline(connect.Timeout); // of the first server, the look-up of its name included
         if (Array.Exists(_resolvers, resolver => resolver is { IsFresh: false }))
         {
@@ -3670,7 +4261,7 @@ internal sealed class UpstreamPool(
         }
 
         Balancer balancer = BalancerOf(portIndex);
-        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(from) : 0;
+        ulong key = settings.Policy == Policy.Source ? Maglev.Hash(line?.Client) : 0;
         UpstreamSettings? only = upstreams.Length == 1 ? upstreams[0] : null;
         Connection last = new(only, failure: balancer.Servers.Length == 0 ? CloseReason.NotResolved : CloseReason.NoServer);
         List<Server>? tried = null;
@@ -3680,7 +4271,7 @@ internal sealed class UpstreamPool(
             Server? server = isFull ? null : balancer.TryTake(key, tried, Environment.TickCount64, out isFull);
             if (isFull)
             {
-                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken);
+                (server, CloseReason? refusal) = await WaitAsync(balancer, key, tried, client, hasSpoken, line);
                 last = tried is null ? new Connection(only, failure: refusal) : last;
                 deadline = Watched.Deadline(connect.Timeout);
             }
@@ -3690,6 +4281,7 @@ internal sealed class UpstreamPool(
                 return last;
             }
 
+            line?.Tried(server.Stats);
             Server[]? racers = balancer.Racers(server, tried, Environment.TickCount64);
             last = await DialAsync(server, racers, deadline);
             if (last.Failure is not { IsWorthRetry: true })
@@ -3742,6 +4334,21 @@ internal sealed class UpstreamPool(
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
+    private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
+        && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
+
+    /// <summary>Those there are now, of every port.</summary>
+    internal List<Server> Servers()
+    {
+        List<Server> servers = [];
+        for (int i = 0; i < _balancers.Length; i++)
+        {
+            servers.AddRange(BalancerOf(i).Servers);
+        }
+
+        return servers;
+    }
+
     /// <summary>Adds its servers; returns how many clients wait for one.</summary>
     internal int Look(List<ServerStats> servers)
     {
@@ -3753,9 +4360,6 @@ internal sealed class UpstreamPool(
 
         return waiting;
     }
-
-    private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
-        && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
 
     private Balancer BalancerOf(int portIndex)
     {
@@ -3771,12 +4375,12 @@ internal sealed class UpstreamPool(
     }
 
     private static async Task<(Server? Server, CloseReason? Refusal)> WaitAsync(
-        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken)
+        Balancer balancer, ulong key, List<Server>? tried, Socket? client, bool hasSpoken, ConnectionLine? line)
     {
         Server? server = null;
         CloseReason? refusal = await balancer.Line.EnterAsync(
             () => (server = balancer.TryTake(key, tried, Environment.TickCount64, out _)) is not null,
-            client, tried is not null, hasSpoken);
+            client, tried is not null, hasSpoken, line);
         return (server, refusal);
     }
 
@@ -3859,8 +4463,9 @@ internal sealed class UpstreamPool(
         await Task.Delay(Random.Shared.Next(interval));
         while (_isChecking && server.Checker == this && Array.IndexOf(server.Balancer.Servers, server) >= 0)
         {
-            CloseReason? failure = await ProbeAsync(server);
-            if (_isChecking)
+            bool isLookedAt = server.Mode != ServerMode.Maintenance;
+            CloseReason? failure = isLookedAt ? await ProbeAsync(server) : null;
+            if (_isChecking && isLookedAt)
             {
                 server.Balancer.Checked(server, failure, Environment.TickCount64);
             }
@@ -4238,6 +4843,7 @@ internal sealed class BridgeSettings
     internal bool HasRates => (RateUp | RateDown | RateTotalUp | RateTotalDown) != 0;
     internal int BufferSize { get; set; }
     internal bool IsSplicing { get; set; }
+    internal Log? Log { get; set; } // where a long connection is told
 
     /// <summary>How long the answer to the last bytes of a quota may keep silent.</summary>
     internal TimeSpan QuotaGrace =>
@@ -4296,8 +4902,8 @@ internal class Bridge : PumpOwner, ISession
 
     /// <summary>As many bytes of the client as the line says have already passed.</summary>
     internal Bridge(
-        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
-        Conversation? taps)
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates = null,
+        Conversation? taps = null)
     {
         (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
@@ -4434,8 +5040,19 @@ internal class Bridge : PumpOwner, ISession
 
     internal override void Stop() => Abort(CloseReason.Shutdown);
 
+    /// <summary>An administrator ends it.</summary>
+    internal void ShutDown() => Abort(CloseReason.ShutDown);
+
+    /// <summary>For how long the sweep has seen nothing move.</summary>
+    internal TimeSpan Quiet => TimeSpan.FromMilliseconds(Math.Max(0, Environment.TickCount64 - _quietSince));
+
     internal override bool Check(long now)
     {
+        if (_settings.Log is { } log && log.IsDue(now, _startedAt) && _reason is null)
+        {
+            log.Write(Line.Early(BytesUp, BytesDown));
+        }
+
         if (_settings.MaxLifetime > TimeSpan.Zero && now - _startedAt >= _settings.MaxLifetime.TotalMilliseconds + Jitter())
         {
             Abort(CloseReason.MaxLifetime);
@@ -7337,8 +7954,8 @@ internal sealed class FirstBytes : IDisposable
 
 // == 12  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
-// writes. A reader that does not read blocks that thread and nothing else: lines beyond the queue are dropped,
-// counted, and the count is said when the reader is back.
+// writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
+// the queue are dropped, counted, and the count is said when the reader is back.
 
 /// <summary>Why a connection ended: HAProxy's two letters (its manual, 8.5: who ended it, and in which phase) and
 /// words. An orderly end closes with FIN, any other resets both sides.</summary>
@@ -7355,6 +7972,7 @@ internal sealed class CloseReason(
     internal static readonly CloseReason QuotaUp = new("PD", "byte quota up", isOrderly: true);
     internal static readonly CloseReason QuotaDown = new("PD", "byte quota down", isOrderly: true);
     internal static readonly CloseReason Shutdown = new("KD", "shutdown");
+    internal static readonly CloseReason ShutDown = new("KD", "shut down by control");
     internal static readonly CloseReason StoppedConnecting = new("KC", "shutdown");
     internal static readonly CloseReason StoppedReading = new("KR", "shutdown");
     internal static readonly CloseReason HeaderTimeout = new("cR", "no PROXY header in time");
@@ -7404,6 +8022,8 @@ internal enum LogFormat
 {
     Text,
     Json,
+    Haproxy,
+    Syslog,
     Off,
 }
 
@@ -7417,36 +8037,44 @@ internal enum LogLevel
 
 internal sealed class LogSettings
 {
+    private string? _socket;
+
     internal LogFormat Format { get; set; }
-    internal string? File { get; set; } // null = stderr
+    internal string? File { get; set; } // null = stderr, or a socket
     internal LogLevel Level { get; set; }
+    internal TimeSpan Long { get; set; } // zero = off
+    internal bool SkipsEmpty { get; set; }
+
+    /// <summary>The path of the socket that lines go to.</summary>
+    internal string? Socket => Format == LogFormat.Off ? null
+        : _socket ?? (Format == LogFormat.Syslog && File is null ? "/dev/log" : null);
+
+    internal void SetFile(string text)
+    {
+        const string Unix = "unix:";
+        bool isSocket = text.StartsWith(Unix, StringComparison.Ordinal);
+        _socket = isSocket ? Address.CheckPath(text[Unix.Length..]) : null;
+        File = isSocket ? null : Text.FileName(text);
+    }
 }
 
 /// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
 internal abstract class LogLine(LogLevel level, string name)
 {
     protected DateTime Time { get; private set; }
+    protected virtual string Name => name;
 
     internal LogLevel Level { get; } = level;
 
     /// <summary>The bytes in a block, which goes to stderr wherever the lines go. 0 for a line.</summary>
     internal virtual int Shown => 0;
 
-    internal void Stamp() => Time = DateTime.UtcNow;
+    internal virtual void Stamp() => Time = DateTime.UtcNow;
 
     /// <summary>Called once, by the writer.</summary>
     internal virtual void Format(LogText text)
     {
-        text.Begin();
-        text.Add("time", Text.Of(Time));
-        text.Add("level", Level switch
-        {
-            LogLevel.Debug => "debug",
-            LogLevel.Info => "info",
-            LogLevel.Warn => "warn",
-            _ => "error",
-        });
-        text.Add("event", name);
+        text.Begin(Time, Level, Name);
         AddKeys(text);
         text.End();
     }
@@ -7454,7 +8082,7 @@ internal abstract class LogLine(LogLevel level, string name)
     protected abstract void AddKeys(LogText text);
 }
 
-internal sealed class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+internal class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text)
     {
@@ -7470,10 +8098,38 @@ internal sealed class MessageLine(LogLevel level, string name, string? route, st
     }
 }
 
+/// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
+internal sealed class StateLine(string? route, string words, bool isShown) : MessageLine(LogLevel.Info, "state", route, words)
+{
+    private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
+
+    internal override int Shown => isShown ? _shown.Length : 0;
+
+    internal override void Format(LogText text)
+    {
+        if (isShown)
+        {
+            text.Append($"{_shown}\n");
+        }
+        else
+        {
+            base.Format(text);
+        }
+    }
+}
+
 /// <summary>A line whose point is a number.</summary>
 internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text) => text.Add(key, count);
+}
+
+/// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
+internal enum ServerMode
+{
+    Ready,
+    Drain, // no new connections
+    Maintenance, // and no checks
 }
 
 /// <summary>A server goes down or comes up.</summary>
@@ -7500,17 +8156,18 @@ internal sealed class ListeningLine(string route, string listen, string upstream
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
+internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
 {
+    private static int _lastId;
+
+    private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
-    private long _connectTime = -1; // ms; -1 = never connected
-    private TimeSpan _duration;
     private CloseReason? _reason;
 
-    internal long StartedAt { get; } = Stopwatch.GetTimestamp();
     internal RouteStats RouteStats { get; } = route;
     internal ServerStats? ServerStats { get; private set; } // null until connected
 
+    internal uint Id { get; } = (uint)Interlocked.Increment(ref _lastId); // as control calls it
     internal EndPoint? Client { get; set; }
     internal int Place { get; set; } = -1; // of its address, where those are counted
     internal string Target { get; set; } = "-"; // the upstream as it was written
@@ -7518,16 +8175,53 @@ internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, 
     internal long BytesDown { get; set; }
 
     internal EndPoint? Address => _server;
-    internal TimeSpan Duration => _duration;
-    internal TimeSpan Age => Stopwatch.GetElapsedTime(StartedAt);
+    internal TimeSpan Duration { get; private set; }
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
+
+    /// <summary>What those leave who only look whether somebody answers.</summary>
+    internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
+
+    protected override string Name => _reason is null ? "connection-long" : base.Name;
+    protected long ConnectTime { get; private set; } = -1; // ms; -1 = never connected
+    protected string End => _reason?.Code ?? ""; // not yet
+
+    // ---- what HAProxy's line alone wants to know
+
+    /// <summary>It waits for room, as the <paramref name="place"/>th.</summary>
+    internal virtual void Queued(int place)
+    {
+    }
+
+    internal virtual void Dequeued()
+    {
+    }
+
+    /// <summary>From here on a server is looked for.</summary>
+    internal virtual void Choosing()
+    {
+    }
+
+    internal virtual void Tried(ServerStats server)
+    {
+    }
+
+    // ----
 
     internal void Connected(EndPoint? address, ServerStats? server)
     {
         (_server, ServerStats) = (address, server);
-        _connectTime = (long)Stopwatch.GetElapsedTime(StartedAt).TotalMilliseconds;
+        ConnectTime = (long)Age.TotalMilliseconds;
     }
 
-    internal void Ended(CloseReason reason) => (_reason, _duration) = (reason, Age);
+    internal void Ended(CloseReason reason) => (_reason, Duration) = (reason, Age);
+
+    /// <summary>What there is to say while it lasts.</summary>
+    internal ConnectionLine Early(long bytesUp, long bytesDown)
+    {
+        ConnectionLine early = (ConnectionLine)MemberwiseClone();
+        (early.BytesUp, early.BytesDown, early.Duration) = (bytesUp, bytesDown, Age);
+        return early;
+    }
 
     protected override void AddKeys(LogText text)
     {
@@ -7535,18 +8229,80 @@ internal sealed class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, 
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
         text.Add("server", Text.Of(_server));
-        text.Add("connect_ms", _connectTime);
-        text.Add("duration_ms", (long)_duration.TotalMilliseconds);
+        text.Add("connect_ms", ConnectTime);
+        text.Add("duration_ms", (long)Duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
         text.Add("bytes_down", BytesDown);
-        text.Add("end", _reason!.Code);
-        text.Add("reason", _reason.Words);
+        if (_reason is not null)
+        {
+            text.Add("end", _reason.Code);
+            text.Add("reason", _reason.Words);
+        }
     }
 }
 
-/// <summary>Lines as bytes: logfmt, or JSON with the same keys.</summary>
-internal sealed class LogText(bool isJson)
+/// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
+/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option logasap.</summary>
+internal sealed class HaproxyLine(RouteStats route, Func<int> count) : ConnectionLine(route)
 {
+    private readonly DateTime _acceptedAt = DateTime.UtcNow;
+    private ServerStats? _server; // the last that was tried
+    private int _tries;
+    private int _place; // in the lines it stood in
+    private long _queuedAt; // ms after the accept
+    private long _waited = -1; // ms; -1 = it has come to no line
+    private long _otherwise; // ms of what was before, but for that
+    private string _counts = "";
+
+    private long Now => (long)Age.TotalMilliseconds;
+
+    internal override void Queued(int place) => (_place, _queuedAt) = (_place + place, Now);
+
+    internal override void Dequeued() => _waited = Math.Max(_waited, 0) + Now - _queuedAt;
+
+    internal override void Choosing()
+    {
+        _waited = Math.Max(_waited, 0);
+        _otherwise = Now - _waited;
+    }
+
+    internal override void Tried(ServerStats server) => (_server, _tries) = (server, _tries + 1);
+
+    /// <summary>As HAProxy, one that ends counts itself in the process and the frontend, but not behind it any more. Another try
+    /// is one at another server, which is the plus.</summary>
+    internal override void Stamp()
+    {
+        base.Stamp();
+        _server = ServerStats ?? _server;
+        int others = Volatile.Read(ref RouteStats.Current);
+        _counts = $"{count()}/{others + (End.Length > 0 ? 1 : 0)}/{others}/{(_server is null ? 0 : Volatile.Read(ref _server.Active))}/"
+            + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}";
+    }
+
+    internal override void Format(LogText text)
+    {
+        string plus = End.Length > 0 ? "" : "+";
+        string time = Text.Of(TimeZoneInfo.ConvertTimeFromUtc(_acceptedAt, TimeZoneInfo.Local));
+        int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
+        text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
+        text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
+        text.AppendName(RouteStats.Title);
+        text.Append(" ");
+        text.AppendName(RouteStats.Title);
+        text.Append("/");
+        text.AppendName(_server?.Title ?? "<NOSRV>");
+        text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{(long)Duration.TotalMilliseconds} "
+            + $"{plus}{BytesDown} {(plus.Length > 0 ? "--" : End)} {_counts}\n");
+    }
+}
+
+/// <summary>Lines as bytes: logfmt, alone or in messages of RFC 5424, or JSON with the same keys.</summary>
+internal sealed class LogText(LogFormat format)
+{
+    private const int Daemon = 3; // the facility
+    private static readonly string Sender = $"{HostName(Environment.MachineName)} tcpproxy {Environment.ProcessId}";
+
+    private readonly bool _isJson = format == LogFormat.Json;
     private byte[] _bytes = new byte[1024];
     private int _length;
     private bool _isFirst;
@@ -7558,15 +8314,36 @@ internal sealed class LogText(bool isJson)
     internal void Begin()
     {
         _isFirst = true;
-        Append(isJson ? "{" : "");
+        Append(_isJson ? "{" : "");
     }
 
-    internal void End() => Append(isJson ? "}\n" : "\n");
+    /// <summary>A line, with what all of them have.</summary>
+    internal void Begin(DateTime time, LogLevel level, string name)
+    {
+        (string word, int severity) = level switch
+        {
+            LogLevel.Debug => ("debug", 7),
+            LogLevel.Info => ("info", 6),
+            LogLevel.Warn => ("warn", 4),
+            _ => ("error", 3),
+        };
+        Append(format == LogFormat.Syslog ? $"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - " : "");
+        Begin();
+        if (format != LogFormat.Syslog)
+        {
+            Add("time", Text.Of(time));
+            Add("level", word);
+        }
+
+        Add("event", name);
+    }
+
+    internal void End() => Append(_isJson ? "}\n" : "\n");
 
     internal void Add(string key, string value)
     {
         Key(key);
-        bool isPlain = !isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
+        bool isPlain = !_isJson && value.Length > 0 && value.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0
             && value.AsSpan().IndexOfAny('"', '=', '\\') < 0;
         Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
     }
@@ -7615,11 +8392,23 @@ internal sealed class LogText(bool isJson)
 
     private void Key(string key)
     {
-        Append(isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
+        Append(_isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
         Append(key);
-        Append(isJson ? "\":" : "=");
+        Append(_isJson ? "\":" : "=");
         _isFirst = false;
     }
+
+    /// <summary>A word of HAProxy's line, which has no quotes: what would part it is #XX.</summary>
+    internal void AppendName(string name)
+    {
+        foreach (byte b in Encoding.UTF8.GetBytes(name))
+        {
+            Append(b is > (byte)' ' and < 127 and not ((byte)'/' or (byte)'#') ? $"{(char)b}" : $"#{b:X2}");
+        }
+    }
+
+    private static string HostName(string name) =>
+        name.Length is > 0 and < 256 && name.AsSpan().IndexOfAnyExceptInRange('!', '~') < 0 ? name : "-";
 
     internal void Append(ReadOnlySpan<byte> text)
     {
@@ -7654,31 +8443,26 @@ internal sealed class Log : IDisposable
     private readonly Queue<LogLine> _queue = []; // under itself, as all below it
     private bool _isWaiting; // the writer, for a first line
     private bool _isStopping;
+    private bool _isReopening;
     private long _dropped;
     private int _shown; // of ShownLength
     private long _missed; // bytes
-    private FileStream? _file; // owned; disposed by the writer; null = stderr
+    private FileStream? _file; // owned; the writer's, as the next three; null = stderr, or a socket
+    private Socket? _socket; // owned; null = not connected
+    private long _retryAt; // TickCount64
+    private long _unsent; // lines, since nobody has listened
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
 
-    internal long DroppedInAll { get; private set; } // lines
+    internal long DroppedInAll { get; private set; } // lines that nobody will ever read
 
     public void Dispose() => Stop(0);
 
     /// <exception cref="IOException">the file cannot be opened</exception>
     internal void Start()
     {
-        try
-        {
-            _file = _settings.File is not { } file || _settings.Format == LogFormat.Off ? null
-                : new FileStream(file, FileMode.Append, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"--log-file: cannot open {_settings.File}: {Text.Reason(e)}");
-        }
-
+        Open();
         _writer = new Thread(WriteAll, 128 << 10) { IsBackground = true, Name = "log" };
         _writer.Start();
     }
@@ -7707,7 +8491,36 @@ internal sealed class Log : IDisposable
     internal void ServerState(string route, string server, bool isUp, string reason) =>
         Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
 
-    internal void Ended(ConnectionLine line) => Write(line);
+    internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
+        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
+
+    internal void Ended(ConnectionLine line)
+    {
+        if (!_settings.SkipsEmpty || !line.IsEmpty)
+        {
+            Write(line);
+        }
+    }
+
+    internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
+
+    /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
+    internal bool IsDue(long now, long startedAt)
+    {
+        long period = (long)_settings.Long.TotalMilliseconds;
+        long age = now - startedAt;
+        return period > 0 && age >= period && age / period > (Sweep.LastLook - startedAt) / period;
+    }
+
+    /// <summary>The file has been renamed, or the socket is another.</summary>
+    internal void Reopen()
+    {
+        lock (_queue)
+        {
+            (_isReopening, _isWaiting) = (true, false);
+            Monitor.Pulse(_queue);
+        }
+    }
 
     internal bool Has(LogLevel level) =>
         level >= _settings.Level && _settings.Format != LogFormat.Off && _writer is not null;
@@ -7747,14 +8560,14 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format == LogFormat.Json);
+        LogText text = new(_settings.Format);
         List<LogLine> lines = [];
         while (Take(lines))
         {
             bool isShown = false;
             foreach (LogLine line in lines)
             {
-                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0)
+                if (text.Bytes.Length >= Chunk || isShown != line.Shown > 0 || _settings.Socket is not null)
                 {
                     WriteOut(text, isShown);
                     isShown = line.Shown > 0;
@@ -7768,6 +8581,7 @@ internal sealed class Log : IDisposable
         }
 
         _file?.Dispose();
+        _socket?.Dispose();
     }
 
     /// <summary>Waits for lines and takes them; false when there are none and none will come.</summary>
@@ -7775,13 +8589,13 @@ internal sealed class Log : IDisposable
     {
         lock (_queue)
         {
-            while (_queue.Count == 0 && !_isStopping)
+            while (_queue.Count == 0 && !_isStopping && !_isReopening)
             {
                 _isWaiting = true;
                 Monitor.Wait(_queue);
             }
 
-            if (!_isStopping)
+            if (!_isStopping && !_isReopening)
             {
                 Monitor.Wait(_queue, Gather); // nobody pulses now but Stop
             }
@@ -7798,7 +8612,49 @@ internal sealed class Log : IDisposable
             }
 
             _shown = 0;
-            return lines.Count > 0;
+            if (!_isReopening)
+            {
+                return lines.Count > 0;
+            }
+
+            _isReopening = false;
+        }
+
+        try
+        {
+            Open();
+        }
+        catch (IOException e)
+        {
+            lines.Add(new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
+            lines[^1].Stamp();
+        }
+
+        return true;
+    }
+
+    /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
+    private void Open()
+    {
+        FileStream? before = _file;
+        _file = _settings.File is { } file && _settings.Format != LogFormat.Off ? AppendTo(file) : null;
+        before?.Dispose();
+        _socket?.Dispose();
+        (_socket, _retryAt) = (null, 0);
+    }
+
+    private static FileStream AppendTo(string file)
+    {
+        try
+        {
+            // not FileMode.Append, to which a file that is truncated meanwhile is an error
+            FileStream opened = new(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite | FileShare.Delete, 0);
+            _ = Libc.IsThere ? Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append) : 0;
+            return opened;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"--log-file: cannot open {file}: {Text.Reason(e)}");
         }
     }
 
@@ -7806,15 +8662,19 @@ internal sealed class Log : IDisposable
     {
         try
         {
-            if (_file is null || isShown)
+            if (isShown || (_file is null && _settings.Socket is null))
             {
                 StandardStream.TryWrite(StandardStream.Error, text.Bytes);
+            }
+            else if (_file is null)
+            {
+                Send(_settings.Socket!, text.Bytes);
             }
             else
             {
                 if (_file.CanSeek)
                 {
-                    _file.Seek(0, SeekOrigin.End); // which is elsewhere once somebody has truncated it
+                    _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
                 }
 
                 _file.Write(text.Bytes);
@@ -7826,6 +8686,50 @@ internal sealed class Log : IDisposable
         }
 
         text.Clear();
+    }
+
+    /// <summary>One line. While nobody listens lines are lost, and each second it is tried again.</summary>
+    private void Send(string path, ReadOnlySpan<byte> line)
+    {
+        const int Pause = 1000; // ms
+        for (bool isOld = _socket is not null; !line.IsEmpty && (isOld || Environment.TickCount64 >= _retryAt); isOld = false)
+        {
+            try
+            {
+                _socket = isOld ? _socket : UnixSocket.Connect(path);
+                if (_unsent > 0)
+                {
+                    LogText words = new(_settings.Format);
+                    MessageLine lost = new(
+                        LogLevel.Warn, "log", null, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}");
+                    lost.Stamp();
+                    lost.Format(words);
+                    UnixSocket.Send(_socket!, words.Bytes);
+                    _unsent = 0;
+                }
+
+                UnixSocket.Send(_socket!, line);
+                return;
+            }
+            catch (SocketException) when (isOld)
+            {
+                _socket!.Dispose(); // who listened there may have been started anew
+            }
+            catch (SocketException e)
+            {
+                _socket?.Dispose();
+                (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
+                StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
+                    : Encoding.UTF8.GetBytes(Text.Escape($"tcpproxy: lines of the log are lost: cannot send them to {path}: "
+                        + (File.Exists(path) ? Text.Reason(e) : "no such file or directory")) + "\n"));
+            }
+        }
+
+        _unsent += line.IsEmpty ? 0 : 1;
+        lock (_queue)
+        {
+            DroppedInAll += line.IsEmpty ? 0 : 1;
+        }
     }
 }
 
@@ -7912,7 +8816,7 @@ internal sealed class RouteStats(string title) : Counters
 
     internal long Refused;
 
-    internal string Title { get; } = title;
+    internal string Title { get; set; } = title;
     internal Histogram ConnectTime { get; } = new(Histogram.Connects);
     internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
     internal EndCount[] Ends => Volatile.Read(ref _ends);
@@ -7990,20 +8894,24 @@ internal sealed class EndCount(string code, string words)
 
 internal sealed class ServerStats(RouteStats route) : Counters
 {
+    internal int Active; // connections, at any moment; changed by Interlocked
     internal int Downs; // how often it went down
     internal long ConnectMicroseconds; // of all Connections together
 
-    internal RouteStats RouteStats { get; set; } = route;
+    internal RouteStats RouteStats { get; } = route;
     internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
     internal string Check { get; set; } = ""; // what the last one found; "" = none yet
     internal string LastFailure { get; set; } = ""; // of a connect
     internal DateTime LastFailedAt { get; private set; }
 
-    // as of the last look
     internal string Title { get; set; } = "";
+
+    // as of the last look
     internal string Address { get; set; } = "";
     internal int Weight { get; set; }
     internal bool IsBackup { get; set; }
+    internal bool IsChecked { get; set; }
+    internal int Percent { get; set; } = 100; // of its share, in a slow start
     internal string State { get; set; } = "up"; // or down, drain, maint
 
     internal void Connected(TimeSpan time, int current)
@@ -8127,7 +9035,7 @@ internal sealed class Totals
         }
 
         bool IsBefore(ISession a, ISession b) =>
-            areYoungest ? a.Line.StartedAt > b.Line.StartedAt : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
+            areYoungest ? (int)(a.Line.Id - b.Line.Id) > 0 : a.BytesUp + a.BytesDown > b.BytesUp + b.BytesDown;
     }
 
     private static string Unique(Dictionary<string, string> names, string title)
@@ -8327,7 +9235,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
     private byte[] Answer(Visitor visitor)
     {
-        LogText body = new(isJson: true);
+        LogText body = new(LogFormat.Json);
         string type = "text/plain";
         string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
         string[] words = lines[0].Split(' ');
@@ -8548,6 +9456,7 @@ internal sealed class StatsPage
         foreach (ISession session in _totals.Sessions)
         {
             _text.Open("{");
+            _text.Add("id", $"0x{session.Line.Id:x}"); // as control calls it
             _text.Add("route", session.Line.RouteStats.Name);
             _text.Add("client", Text.Of(session.Line.Client));
             _text.Add("server", session.Line.ServerStats?.Title ?? "-");
@@ -8929,6 +9838,194 @@ poll()
 """u8;
 }
 
+// ---- control
+
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
+/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+internal sealed class ControlServer(Func<string[], string> answer, Log log)
+{
+    private const int MostClients = 16;
+    private const int LongestLine = 16 << 10; // bytes
+    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
+    private const int Slowest = 10_000; // ms
+    private const int Idle = 60_000; // ms
+
+    private int _clients;
+
+    /// <summary>The socket is ours from here on.</summary>
+    internal void Accepted(Socket client)
+    {
+        if (Interlocked.Increment(ref _clients) <= MostClients)
+        {
+            _ = Task.Run(() => ServeAsync(client));
+            return;
+        }
+
+        Interlocked.Decrement(ref _clients);
+        client.Dispose();
+    }
+
+    private async Task ServeAsync(Socket client)
+    {
+        try
+        {
+            using CancellationTokenSource time = new();
+            byte[] bytes = new byte[LongestLine];
+            Conduct conduct = new();
+            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            {
+                time.CancelAfter(Idle);
+                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+                length += received;
+                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+                if (end == 0 && length == LongestLine)
+                {
+                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                    return;
+                }
+
+                if (end > 0)
+                {
+                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+                }
+
+                bytes.AsSpan(end, length - end).CopyTo(bytes);
+                length -= end;
+            }
+        }
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
+        {
+            // it has left, or is too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
+        }
+    }
+
+    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
+    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
+    {
+        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
+        {
+            if (!conduct.HasQuit)
+            {
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
+                await SendAsync(client, Answer(command, conduct), time);
+            }
+        }
+
+        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
+    }
+
+    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
+    {
+        byte[] bytes = Encoding.UTF8.GetBytes(text);
+        for (int start = 0; start < bytes.Length; start += Chunk)
+        {
+            time.CancelAfter(Slowest);
+            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
+        }
+    }
+
+    private string Answer(string command, Conduct conduct)
+    {
+        string text;
+        try
+        {
+            string[] words = Text.Words(command);
+            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
+            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
+            {
+                return "";
+            }
+        }
+        catch (FormatException e)
+        {
+            text = conduct.Mark + e.Message;
+        }
+
+        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
+    }
+
+    /// <summary>What a client has said about its connection.</summary>
+    private sealed class Conduct
+    {
+        internal bool HasQuit { get; private set; }
+        internal bool IsOver { get; set; }
+        internal bool IsPrompting { get; private set; }
+        internal string Mark { get; private set; } = ""; // in front of an error, for programs
+
+        /// <summary>The answer; null to any other command.</summary>
+        internal string? Take(string[] words)
+        {
+            bool isSeverity = words is ["set", "severity-output", ..];
+            HasQuit = words[0] == "quit";
+            IsPrompting ^= words[0] == "prompt";
+            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
+                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
+                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
+            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
+        }
+    }
+}
+
+/// <summary>--ctl</summary>
+internal static class ControlClient
+{
+    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
+    /// <exception cref="IOException">there is none</exception>
+    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
+    {
+        try
+        {
+            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
+            using MemoryStream answer = new();
+            byte[] bytes = new byte[64 << 10];
+            for (int received; (received = socket.Receive(bytes)) > 0;)
+            {
+                answer.Write(bytes, 0, received);
+            }
+
+            return Read(Encoding.UTF8.GetString(answer.ToArray()));
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
+                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
+        }
+    }
+
+    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
+    private static (string Text, bool IsError) Read(string answer)
+    {
+        StringBuilder text = new();
+        bool isError = false;
+        bool isFirst = true; // of an answer
+        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
+        {
+            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
+            string words = isMarked ? line[5..] : line;
+            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
+                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
+            text.Append(words).Append('\n');
+            isFirst = line.Length == 0;
+        }
+
+        return (text.Length > 1 ? text.ToString() : "", isError);
+    }
+}
+
 // == 13  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
@@ -8965,6 +10062,9 @@ internal static class Sweep
     private static bool _isAsleep;
     private static int _interval;
     private static long _stopAllAt = long.MaxValue;
+
+    /// <summary>When it looked before (TickCount64), for those at whom it looks.</summary>
+    internal static long LastLook { get; private set; }
 
     internal static void Start(IEnumerable<TimeSpan> bounds)
     {
@@ -9066,6 +10166,7 @@ internal static class Sweep
                 }
             }
 
+            LastLook = now;
             Array.Clear(seen, 0, count);
             rest.Look(isQuiet, now);
         }
@@ -9106,6 +10207,21 @@ internal sealed class Rest
             GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
             _collected = _allocated = GC.GetTotalAllocatedBytes();
         }
+    }
+}
+
+/// <summary>USR1 and USR2, where there are any.</summary>
+internal static class Signals
+{
+    internal static PosixSignalRegistration? OfUser(int number, Action heed)
+    {
+        (int first, int step) = OperatingSystem.IsLinux() ? (10, 2) : (30, 1); // macOS and the BSDs
+        return OperatingSystem.IsWindows() ? null
+            : PosixSignalRegistration.Create((PosixSignal)(first + ((number - 1) * step)), context =>
+            {
+                context.Cancel = true; // the runtime would end the process
+                heed();
+            });
     }
 }
 
@@ -9282,6 +10398,31 @@ internal static class StandardStream
             return false;
         }
     }
+}
+
+/// <summary>One that takes lines: of messages, as syslog's, or a stream of them.</summary>
+internal static class UnixSocket
+{
+    internal static Socket Connect(string path)
+    {
+        Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+        try
+        {
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType)
+        {
+            socket.Dispose();
+            socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            return socket;
+        }
+    }
+
+    /// <summary>A message needs no newline.</summary>
+    internal static void Send(Socket socket, ReadOnlySpan<byte> line) =>
+        socket.Send(socket.SocketType == SocketType.Dgram ? line[..^1] : line);
 }
 
 internal static class SocketErrors
@@ -9794,6 +10935,8 @@ internal static partial class Libc
     internal const int Eagain = 11;
     internal const int GetDescriptorFlags = 1;
     internal const int SetDescriptorFlags = 2;
+    internal const int SetStatusFlags = 4;
+    internal const int Append = 0x400;
     internal const int CloseOnExec = 1;
     internal const short PollOut = 4;
     internal const short PollError = 8;
@@ -10042,7 +11185,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
 
-    protected static string CheckPath(string path)
+    internal static string CheckPath(string path)
     {
         return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
@@ -10058,6 +11201,9 @@ internal sealed class ListenAddress : Address
         : base(text, kind, host, port, lastPort)
     {
     }
+
+    /// <summary>PATH or unix:PATH</summary>
+    internal static string ParsePath(string text) => CheckPath(After("unix:", text, "path") ?? text);
 
     /// <exception cref="FormatException">it is no listen address</exception>
     internal static ListenAddress Parse(string text)
@@ -10253,6 +11399,11 @@ internal static class Units
         int unit = Array.FindIndex(Milliseconds, length => milliseconds % length == 0);
         return $"{milliseconds / Milliseconds[unit]}{Suffixes[unit]}";
     }
+
+    /// <summary>How long something has lasted, in the two units that matter.</summary>
+    internal static string Words(TimeSpan time) =>
+        time.TotalDays >= 1 ? $"{time.Days}d {time.Hours}h" : time.TotalHours >= 1 ? $"{time.Hours}h {time.Minutes}m"
+        : time.TotalMinutes >= 1 ? $"{time.Minutes}m {time.Seconds}s" : $"{time.Seconds}s";
 
     /// <summary>2026-11-23T08:30, local, or UTC with a Z behind it.</summary>
     /// <exception cref="FormatException">there is no such moment</exception>
@@ -10501,6 +11652,7 @@ internal static class Text
     internal static string Escape(string text)
     {
         if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
+            && text.AsSpan().IndexOfAnyInRange('\u2028', '\u202e') < 0 && text.AsSpan().IndexOfAnyInRange('\u2066', '\u2069') < 0
             && text.AsSpan().IndexOfAny('"', '\\') < 0)
         {
             return text;
@@ -10515,7 +11667,7 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') =>
+                < ' ' or (>= '\u007f' and <= '\u009f') or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069') =>
                     escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
                 _ => escaped.Append(c),
             };

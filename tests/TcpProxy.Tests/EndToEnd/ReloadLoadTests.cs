@@ -1,5 +1,6 @@
 using System;
 using System.Diagnostics;
+using System.Globalization;
 using System.IO;
 using System.Linq;
 using System.Net;
@@ -23,6 +24,7 @@ public sealed class ReloadLoadTests : EndToEndTest
     {
         Upstream[] servers = [Given.Echo(), Given.Echo(), Given.Echo()];
         int[] extra = [.. Enumerable.Range(Given.FreePorts(Reloads), Reloads)];
+        string control = Given.Path("control");
         string file = Given.Write("conf", Text(0));
         ProxyProcess proxy = (await Given.Proxy("-c", file, "-q")).Tolerate("reload");
         IPEndPoint[] listens = [(IPEndPoint)proxy.Endpoint(0), (IPEndPoint)proxy.Endpoint(1)];
@@ -48,13 +50,34 @@ public sealed class ReloadLoadTests : EndToEndTest
 
         await load.Within("all connections", 120);
         traffic.Check();
+
+        // what was counted is what clients have counted, through all routes and servers that there were
+        for (int i = 0; (await Told("scur")).Any(count => count != 0); i++)
+        {
+            Assert.True(i < 100, "connections that do not end");
+            await Wait.Pause(50);
+        }
+
+        long[] accepted = await Told("stot");
+        long[] bytes = await Told("bin");
+        Assert.Equal([Connections / 2, Connections / 2], accepted);
+        Assert.Equal([Connections / 2 * 32, Connections / 2 * 32], bytes);
         Assert.All(servers, server => Assert.True(server.Accepted > Connections / 20, $"{server.Accepted} of its connections"));
         TestContext.Current.TestOutputHelper?.WriteLine(
             $"{traffic.Seconds:f1} s; servers {string.Join(' ', servers.Select(server => server.Accepted))}; {proxy.Resident >> 20} MB");
 
+        // of the routes that stay, in HAProxy's words
+        async Task<long[]> Told(string column)
+        {
+            string[][] rows = [.. (await Tool.Proxy("--ctl", control, "show stat")).Good().Split('\n').Select(line => line.Split(','))];
+            return [.. rows.Where(row => row[0] is "first" or "second" && row[1] == "FRONTEND").Select(
+                row => long.Parse(row[Array.IndexOf(rows[0], column)], CultureInfo.InvariantCulture))];
+        }
+
         // one listener stays as it is, one changes with its route, a third comes and goes
         string Text(int i) =>
             $"""
+            control unix:{control}
             listen 127.0.0.1:0
             name first
             balance {(i % 2 == 0 ? "leastconn" : "roundrobin")}
@@ -90,25 +113,26 @@ public sealed class ReloadLoadTests : EndToEndTest
                 (LISTEN_PID=$BASHPID exec ./binary$(($1 % 2)) -l fd:web -u {{server.Address}} -u {{server.Address}} --port-file ports$1 2>log$1) &
                 new=$!
             }
-            await() { for n in $(seq 6000); do [ -e $1 ] && return; sleep 0.01; done; kill $new; exit 1; }
+            await() { for n in $(seq 6000); do "$@" && return; sleep 0.01; done; kill $new; exit 1; }
             start 0
-            await ports0
-            await begin
+            await [ -e ports0 ]
+            await [ -e begin ]
             for i in $(seq {{Restarts}}); do
                 old=$new
                 if [ $(($i % 2)) = 1 ]; then
                     start $i
-                    await ports$i
+                    await [ -e ports$i ]
                     kill $old
                 else
                     kill $old
-                    until grep -q event=draining log$(($i - 1)); do sleep 0.01; done
+                    await grep -q event=draining log$(($i - 1))
                     start $i
                 fi
-                sleep 0.3
+                await grep -q event=connection log$i
+                sleep 0.2
             done
             touch done
-            await end
+            await [ -e end ]
             kill $new
             for i in $(seq 0 {{Restarts}}); do wait -n || exit 1; done
             """);

@@ -267,6 +267,88 @@ public sealed class ReloadTests : EndToEndTest
         Assert.All(new[] { "before", "not recorded", "after", "recorded again" }, one => Assert.Contains(one, all, StringComparison.Ordinal));
     }
 
+    [Fact(Timeout = Quick)]
+    public async Task A_socket_of_systemd_stays_as_well_and_cannot_be_had_a_second_time()
+    {
+        string activate = Tool.Need("systemd-socket-activate", "systemd");
+        int[] ports = Free(2);
+        Launch launch = new()
+        {
+            Before = [activate, "--fdname=web", "-l", $"127.0.0.1:{ports[0]}"],
+            Chatter = ["Listening on ", "Communication attempt", "Execing "],
+            AwaitReady = false,
+        };
+        Upstream upstream = Given.Named("first");
+        string file = Given.Write("conf", "listen fd:web\nupstream echo\n");
+        ProxyProcess proxy = (await Given.Proxy(launch, "-c", file)).Tolerate("reload");
+        await Wait.Until(() => !Refuses(ports[0]), "systemd-socket-activate to listen");
+        await proxy.Ready();
+        Peer old = await Given.Client(proxy);
+        await old.Ask("hello");
+        await Reload(proxy, $"listen fd:web\nupstream {upstream.Address}\n", $"~ route fd:web: upstream echo -> {upstream.Address}");
+        Assert.Equal("first", await (await Given.Client(proxy)).ReceiveLine());
+        await Reload(proxy, $"listen {ports[1]}\nupstream echo\n", $"- listen fd:web ({file}:1)", $"+ listen {ports[1]} ({file}:1)");
+        await Reload(proxy, "listen fd:web\nupstream echo\n", $"{file}:1: listen: route fd:web: cannot listen on fd:web: descriptor 3 was taken before*");
+        await old.Ask("still here");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_dry_run_asks_the_running_process_and_changes_nothing()
+    {
+        string control = Given.Path("control");
+        string file = Given.Write("conf", $"control unix:{control}\nlisten 127.0.0.1:0\nname web\nupstream echo\n");
+        Outcome outcome = await Tool.Proxy("-c", file, "--reload-dry-run");
+        Assert.Equal((1, $"tcpproxy: error: --reload-dry-run: no running process answers: {control}: no such file or directory\n"), (outcome.Status, outcome.Err));
+        ProxyProcess proxy = (await Given.Proxy("-c", file)).Tolerate("reload");
+        Assert.Equal("nothing is different\n", (await Tool.Proxy("-c", file, "--reload-dry-run")).Good());
+        Given.Write("conf", $"control unix:{control}\nthreads 7\nlisten 127.0.0.1:0\nname web\nupstream discard\nlisten 127.0.0.1:0\nname two\nupstream echo\n");
+        string expected = $"~ route web: upstream echo -> discard\n+ listen 127.0.0.1:0, route two ({file}:6)\n! only a restart changes this: threads auto -> 7\n";
+        Assert.Equal(expected, (await Tool.Proxy("-c", file, "--reload-dry-run")).Good());
+        await (await Given.Client(proxy)).Ask("still echo");
+        Assert.DoesNotContain(proxy.Lines, l => l.Event == "reload");
+        Assert.Equal(expected, (await Tool.Proxy("--ctl", control, "reload")).Good());
+        await proxy.Ready();
+        Assert.Equal(2, proxy.Addresses.Count);
+
+        Given.Write("conf", $"control unix:{control}\nlisten 127.0.0.1:0\nupstream banana\n");
+        outcome = await Tool.Proxy("-c", file, "--reload-dry-run");
+        Assert.Equal(2, outcome.Status);
+        Assert.StartsWith($"tcpproxy: error: {file}:3: upstream: 'banana'", outcome.Err, StringComparison.Ordinal);
+        outcome = await Tool.Proxy("--ctl", control, "reload");
+        Assert.Equal(1, outcome.Status);
+        Assert.StartsWith($"{file}:3: upstream: 'banana'", outcome.Out, StringComparison.Ordinal);
+        outcome = await Tool.Proxy("127.0.0.1:0", "echo", "--reload-dry-run");
+        Assert.Equal(1, outcome.Status);
+        Assert.Contains("--control", Assert.Single(outcome.ErrLines), StringComparison.Ordinal);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Counters_and_what_an_administrator_said_survive()
+    {
+        Upstream a = Given.Named("a");
+        Upstream b = Given.Named("b");
+        string control = Given.Path("control");
+        string head = $"control unix:{control}\nlisten 127.0.0.1:0\nname web\nbalance first\nupstream {a.Address} name=a weight=2\n";
+        string file = Given.Write("conf", head + $"upstream {b.Address} name=b\n");
+        ProxyProcess proxy = (await Given.Proxy("-c", file)).Tolerate("server");
+        Peer open = await Given.Client(proxy);
+        Assert.Equal("a", await open.ReceiveLine());
+        await Tell("set server web/a state drain");
+        await Tell("set server web/b weight 7");
+        await Reload(proxy, "retries 1\n" + head + $"upstream {b.Address} name=b\nupstream discard\n");
+        Assert.Equal("b", await (await Given.Client(proxy)).ReceiveLine());
+        Assert.Equal("7 (initial 1)\n", await Tell("get weight web/b"));
+        string[] columns = (await Tell("show stat")).Split('\n');
+        List<string> names = [.. columns[0][2..].Split(',')];
+        string[][] rows = [.. columns.Skip(1).Where(l => l.Length > 0).Select(l => l.Split(','))];
+        Assert.Equal(["2", "2"], new[] { "stot", "scur" }.Select(name => rows.First(row => row[1] == "FRONTEND")[names.IndexOf(name)]));
+        Assert.Equal(["1", "1"], new[] { "stot", "scur" }.Select(name => rows.First(row => row[1] == "a")[names.IndexOf(name)]));
+        await Reload(proxy, "retries 1\n" + head + $"upstream {b.Address} name=b weight=3\n");
+        Assert.Equal("3 (initial 3)\n", await Tell("get weight web/b"));
+
+        async Task<string> Tell(string command) => (await Tool.Proxy("--ctl", control, command)).Good();
+    }
+
     // ---- helpers
 
     /// <summary>Writes the file, says HUP, and waits for what is said of it; a * stands for anything.</summary>

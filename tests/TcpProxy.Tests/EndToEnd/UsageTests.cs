@@ -163,8 +163,8 @@ public sealed class UsageTests : EndToEndTest
             "fin-timeout", "keepalive", "sni", "send-proxy", "accept-proxy", "preread-timeout",
             "dump", "dump-limit", "record", "pcap", "pcap-rotate",
             "replace-up", "replace-down", "block-up", "block-down", "filter-up", "filter-down", "toxic", "seed",
-            "log", "log-file", "stats",
-            "log-level", "config", "check-config",
+            "log", "log-file", "stats", "control", "ctl",
+            "log-level", "log-long", "log-skip-empty", "config", "check-config", "reload-dry-run",
             "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];

@@ -173,7 +173,7 @@ public sealed class CommandLineTests
     [InlineData("--source 1.2.3.4.5 80 echo", "--source: '1.2.3.4.5' is not an IP address")]
     [InlineData("--threads 0 80 echo", "--threads: '0' is not between 1 and 256")]
     [InlineData("--buffer-size 17m 80 echo", "--buffer-size: '17m' is not between 256 and 16m")]
-    [InlineData("--log xml 80 echo", "--log: unknown format 'xml'; it is one of text, json, off")]
+    [InlineData("--log xml 80 echo", "--log: unknown format 'xml'; it is one of text, json, haproxy, syslog, off")]
     [InlineData("80 echo once", "UPSTREAM: 'once' is no address; did you mean '--once'?")]
     [InlineData("80 echo -l 90", "'80': give the route either as LISTEN UPSTREAM or with --listen, not both")]
     [InlineData("--wait-for 80 90", "'90': --wait-for takes one address and serves no route")]

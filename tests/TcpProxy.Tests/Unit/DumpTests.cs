@@ -115,7 +115,7 @@ public sealed class DumpTests
         bytes.CopyTo(copy);
         DumpBlock block = new(copy, bytes.Length, offset, isHex, mark, end);
         block.Stamp();
-        LogText text = new(isJson: false);
+        LogText text = new(LogFormat.Text);
         block.Format(text);
         return Encoding.Latin1.GetString(text.Bytes);
     }

@@ -19,12 +19,12 @@ public sealed class ObserveTests
     [Fact]
     public void A_connection_has_the_keys_of_the_design_in_their_order_in_both_formats()
     {
-        using JsonDocument json = JsonDocument.Parse(Format(Line(), isJson: true));
+        using JsonDocument json = JsonDocument.Parse(Format(Line(), LogFormat.Json));
         Assert.Equal(DesignKeys, json.RootElement.EnumerateObject().Select(p => p.Name));
         Assert.Equal(JsonValueKind.Number, json.RootElement.GetProperty("bytes_up").ValueKind);
         Assert.Equal("he said \"x\u001b[1m\"", json.RootElement.GetProperty("reason").GetString());
 
-        string text = Format(Line(), isJson: false);
+        string text = Format(Line(), LogFormat.Text);
         Assert.EndsWith("bytes_up=12 bytes_down=34 end=SC reason=\"he said \\\"x\\u001b[1m\\\"\"\n", text, StringComparison.Ordinal);
         Assert.Contains(" route=\"my route\" client=127.0.0.1:80 upstream=db:1 server=- connect_ms=-1 ", text, StringComparison.Ordinal);
     }
@@ -71,9 +71,9 @@ public sealed class ObserveTests
         return line;
     }
 
-    private static string Format(ConnectionLine line, bool isJson)
+    private static string Format(ConnectionLine line, LogFormat format)
     {
-        LogText text = new(isJson);
+        LogText text = new(format);
         line.Format(text);
         return Encoding.UTF8.GetString(text.Bytes);
     }
