@@ -3783,7 +3783,7 @@ internal sealed class Balancer(
     internal WaitingLine Line { get; } = new(settings.Queue, settings.QueueTimeout, CloseReason.ServersFull);
 
     internal Server[] Servers => Volatile.Read(ref _servers);
-    internal RouteStats RouteStats { get; } = route;
+    internal RouteStats RouteStats { get; private set; } = route;
 
     /// <summary>Adds its servers, and the names that are none yet; returns how many clients wait.</summary>
     internal int Look(List<ServerStats> servers)
@@ -8464,6 +8464,7 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
 {
     private static int _lastId;
 
+    private readonly long _startedAt = Stopwatch.GetTimestamp();
     private EndPoint? _server;
     private CloseReason? _reason;
 
@@ -8479,7 +8480,7 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
 
     internal EndPoint? Address => _server;
     internal TimeSpan Duration { get; private set; }
-    internal TimeSpan Age => Stopwatch.GetElapsedTime(StartedAt);
+    internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
 
     /// <summary>What those leave who only look whether somebody answers.</summary>
     internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
@@ -9201,7 +9202,7 @@ internal sealed class ServerStats(RouteStats route) : Counters
     internal int Downs; // how often it went down
     internal long ConnectMicroseconds; // of all Connections together
 
-    internal RouteStats RouteStats { get; } = route;
+    internal RouteStats RouteStats { get; set; } = route; // a reload may rename it
     internal DateTime Since { get; private set; } = DateTime.UtcNow; // it is up, or down
     internal string Check { get; set; } = ""; // what the last one found; "" = none yet
     internal string LastFailure { get; set; } = ""; // of a connect
