@@ -77,8 +77,9 @@
 //    9 PUMP        one direction: receive, send; the buffer; byte rates
 //   10 TAPS        what looks into a direction, or changes it
 //   11 PREREAD     PROXY protocol in and out, TLS server name
-//   12 OBSERVE     log lines, written off the data path; reasons
-//   13 PLATFORM    the sweep, addresses, units, text, libc
+//   12 OPERATE     the page of --stats, the socket of --control, sd_notify
+//   13 OBSERVE     log lines, written off the data path; reasons; counters
+//   14 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
 
@@ -119,6 +120,9 @@ internal static class ExitStatus
 
 internal static class Program
 {
+    /// <summary>For as long as the process lives: one more signal while it ends must not end it with another status.</summary>
+    private static PosixSignalRegistration?[] _signals = [];
+
     private static async Task<int> Main(string[] args)
     {
         try
@@ -156,11 +160,14 @@ internal static class Program
         Account? account = settings.User is { } user ? new Account(user) : null;
         account?.Prepare(); // before there are other threads
         Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running)) { Version = Help.Version };
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed);
-        using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed);
-        using PosixSignalRegistration? reopen = Signals.OfUser(1, proxy.Reopen);
-        using PosixSignalRegistration? tell = Signals.OfUser(2, proxy.TellState);
+        _signals =
+        [
+            PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed),
+            PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed),
+            PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed),
+            Signals.OfUser(1, proxy.Reopen),
+            Signals.OfUser(2, proxy.TellState),
+        ];
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
 
         void Heed(PosixSignalContext context)
@@ -8256,7 +8263,1082 @@ internal sealed class FirstBytes : IDisposable
     }
 }
 
-// == 12  OBSERVE ====================================================================================================
+// == 12  OPERATE ====================================================================================================
+// What those who run the proxy see of it and tell it: the page and the numbers of --stats, the connections of --control, and
+// whoever has started us and wants to know how we are. They look at the counters of OBSERVE; none of it is on the data path.
+
+// ---- --stats
+
+/// <summary>A client of the page. It has a little time, and the sweep sees to that.</summary>
+internal sealed class Visitor(Socket socket) : Watched
+{
+    private const int RequestTime = 5000; // ms
+    private const int AnswerTime = 10_000;
+
+    private long _deadline = Environment.TickCount64 + RequestTime;
+
+    internal byte[] Buffer { get; } = new byte[8 << 10];
+    internal int Length { get; set; } // of the request
+    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
+    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
+    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
+    internal TaskCompletionSource<byte[]> Answer { get; } = new();
+
+    internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
+
+    internal override bool Check(long now)
+    {
+        if (now >= Volatile.Read(ref _deadline))
+        {
+            socket.Close(0);
+        }
+
+        return false;
+    }
+
+    internal override void Stop() => socket.Close(0);
+}
+
+/// <summary>--stats: an HTTP server of four pages, one request a connection. A thread of its own samples and writes all
+/// answers, and rests four times as long as it has worked: no crowd of visitors takes a processor from the traffic.</summary>
+internal sealed class StatsServer(IObserved proxy, Log log)
+{
+    private const int MostVisitors = 64; // at once; whoever comes then is closed
+    private const int Pause = 4; // times what its work has taken
+
+    private readonly Queue<Visitor> _waiting = []; // under itself
+    private long _samples; // taken so far
+    private int _visitors;
+
+    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
+
+    /// <summary>The socket is ours (rule 1).</summary>
+    internal void Accepted(Socket socket)
+    {
+        if (Interlocked.Increment(ref _visitors) > MostVisitors)
+        {
+            Interlocked.Decrement(ref _visitors);
+            socket.Close(0);
+            return;
+        }
+
+        _ = ServeAsync(socket);
+    }
+
+    private async Task ServeAsync(Socket socket)
+    {
+        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
+        Visitor visitor = new(socket);
+        Memory<byte> buffer = visitor.Buffer;
+        Sweep.Add(visitor);
+        try
+        {
+            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
+            {
+                length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
+            }
+
+            if (visitor.Length > 0)
+            {
+                visitor.HasAsked();
+                lock (_waiting)
+                {
+                    _waiting.Enqueue(visitor);
+                    Monitor.Pulse(_waiting);
+                }
+
+                await socket.SendAsync(await visitor.Answer.Task, SocketFlags.None);
+                socket.Shutdown(SocketShutdown.Send);
+                for (int i = 0; i < Trailing && await socket.ReceiveAsync(buffer, SocketFlags.None) > 0; i++)
+                {
+                }
+            }
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // it has left, or was too slow
+        }
+        finally
+        {
+            Sweep.Remove(visitor);
+            socket.Dispose();
+            Interlocked.Decrement(ref _visitors);
+        }
+    }
+
+    // ---- the thread
+
+    private void Run()
+    {
+        const int Interval = 1000 * Series.Interval;
+        long next = Environment.TickCount64;
+        double tired = 0; // ms
+        while (true)
+        {
+            Visitor? visitor;
+            lock (_waiting)
+            {
+                int pause = (int)Math.Max(0, next - Environment.TickCount64);
+                if (_waiting.Count == 0 && pause > 0)
+                {
+                    Monitor.Wait(_waiting, pause);
+                }
+
+                _waiting.TryDequeue(out visitor);
+            }
+
+            long began = Stopwatch.GetTimestamp();
+            try
+            {
+                if (Environment.TickCount64 >= next)
+                {
+                    next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
+                    Sample();
+                }
+
+                visitor?.Answer.SetResult(Answer(visitor));
+            }
+#pragma warning disable CA1031 // a surprise on this page must not end the proxy
+            catch (Exception e)
+#pragma warning restore CA1031
+            {
+                log.Event(LogLevel.Error, "internal-error", e.ToString());
+                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
+            }
+
+            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
+            Thread.Sleep((int)tired);
+            tired -= (int)tired;
+        }
+    }
+
+    private void Sample()
+    {
+        new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
+        _samples++;
+    }
+
+    // ---- HTTP
+
+    /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
+    private byte[] Answer(Visitor visitor)
+    {
+        LogText body = new(LogFormat.Json);
+        string type = "text/plain";
+        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
+        string[] words = lines[0].Split(' ');
+        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
+            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
+            : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
+            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
+            : Write(body, words[1], ref type);
+        if (body.Bytes.Length == 0)
+        {
+            body.Append($"{status.Split('\r')[0]}\n");
+        }
+
+        byte[] head = Encoding.UTF8.GetBytes($"HTTP/1.1 {status}\r\nContent-Type: {type}; charset=utf-8\r\nContent-Length: "
+            + $"{Text.Of(body.Bytes.Length)}\r\nConnection: close\r\nCache-Control: no-store\r\n"
+            + "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\n"
+            + "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
+            + "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n\r\n");
+        return words[0] == "HEAD" ? head : [.. head, .. body.Bytes];
+    }
+
+    /// <summary>A page from elsewhere can make its own name mean this machine (DNS rebinding), and ask in the reader's browser.
+    /// What asks at a loopback address by a name with a dot is one.</summary>
+    private static bool IsForeign(string[] lines)
+    {
+        const string Header = "host:";
+        string host = Array.Find(lines, line => line.StartsWith(Header, StringComparison.OrdinalIgnoreCase)) ?? Header;
+        host = host[Header.Length..].Trim();
+        int port = host.LastIndexOf(':');
+        string name = port < 0 || host.EndsWith(']') ? host : host[..port];
+        return name.Contains('.', StringComparison.Ordinal) && !IPAddress.TryParse(name, out _)
+            && !name.EndsWith(".localhost", StringComparison.OrdinalIgnoreCase);
+    }
+
+    /// <summary>Returns the status.</summary>
+    private string Write(LogText body, string target, ref string type)
+    {
+        string[] parts = target.Split('?');
+        switch (parts[0])
+        {
+            case "/":
+                type = "text/html";
+                body.Append(StatsPage.Html);
+                return "200 OK";
+            case "/stats.json":
+                type = "application/json";
+                new StatsPage(proxy, log, body, parts.Length > 1 ? parts[1].Split('&') : []).WriteJson(_samples);
+                return "200 OK";
+            case "/metrics":
+                type = "text/plain; version=0.0.4";
+                new StatsPage(proxy, log, body).WriteMetrics();
+                return "200 OK";
+            case "/healthz":
+                string? illness = StatsPage.Illness(proxy, proxy.Look());
+                body.Append($"{illness ?? "ok"}\n");
+                return illness is null ? "200 OK" : "503 Service Unavailable";
+            default:
+                return "404 Not Found";
+        }
+    }
+}
+
+/// <summary>What the pages of <see cref="StatsServer"/> say.</summary>
+internal sealed class StatsPage
+{
+    private const int MostSessions = 50;
+
+    private readonly IObserved _proxy;
+    private readonly Log _log;
+    private readonly LogText _text;
+    private readonly string[] _query;
+    private readonly Totals _totals;
+
+    /// <summary>The query is for JSON: since=N is the first sample that is wanted, sessions=new asks for the youngest.</summary>
+    internal StatsPage(IObserved proxy, Log log, LogText text, params string[] query)
+    {
+        (_proxy, _log, _text, _query) = (proxy, log, text, query);
+        _totals = new Totals(proxy, MostSessions, Array.IndexOf(query, "sessions=new") >= 0);
+    }
+
+    /// <summary>Null when all is well.</summary>
+    internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
+        : routes.Find(route => route.IsInForce && !route.Servers.Exists(server => server.State == "up")) is { } route
+            ? $"route {Text.Escape(route.Title)} has no server up" : null;
+
+    // ---- JSON
+
+    internal void WriteJson(long samples)
+    {
+        const string Since = "since=";
+        string? since = Array.Find(_query, word => word.StartsWith(Since, StringComparison.Ordinal));
+        bool isKnown = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, null, out long wanted);
+        long first = isKnown ? Math.Min(wanted, samples) : 0;
+        first = Math.Max(first, samples - Series.Length);
+        string? illness = Illness(_proxy, _totals.Routes);
+        _text.Begin();
+        _text.Add("version", _proxy.Version);
+        _text.Add("pid", Environment.ProcessId);
+        _text.Add("started", Text.Of(_proxy.StartedAt));
+        _text.Add("now", Text.Of(DateTime.UtcNow));
+        _text.Add("uptime_s", (long)(DateTime.UtcNow - _proxy.StartedAt).TotalSeconds);
+        _text.Add("draining", _proxy.IsDraining);
+        _text.Add("health", illness ?? "ok");
+        _text.Add("resident_bytes", Usage.Resident);
+        _text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
+        _text.Add("log_dropped", _log.DroppedInAll);
+        _text.Add("interval_s", Series.Interval);
+        _text.Add("samples", samples);
+        _text.Add("current", _totals.Running);
+        _text.Open("[", "routes");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            WriteRoute(route, first, samples);
+        }
+
+        _text.Close("]");
+        _text.Open("[", "sessions");
+        WriteSessions();
+        _text.Close("]");
+        _text.End();
+    }
+
+    private void WriteRoute(RouteStats route, long first, long samples)
+    {
+        _text.Open("{");
+        WriteCounters(route);
+        _text.Add("in_force", route.IsInForce);
+        _text.Add("refused", route.Refused);
+        _text.Add("queued", route.Queued);
+        WriteHistogram("connect_time", route.ConnectTime);
+        WriteHistogram("duration", route.Duration);
+        _text.Open("[", "ends");
+        foreach (EndCount end in route.Ends)
+        {
+            _text.Open("{");
+            _text.Add("end", end.Code);
+            _text.Add("reason", end.Words);
+            _text.Add("count", Volatile.Read(ref end.Count));
+            _text.Add("recent", end.Recent?.Sum() ?? 0);
+            _text.Close("}");
+        }
+
+        _text.Close("]");
+        _text.Open("[", "servers");
+        foreach (ServerStats server in route.Servers)
+        {
+            WriteServer(server);
+        }
+
+        _text.Close("]");
+        _text.Open("{", "history");
+        for (int i = 0; i < route.History.Length; i++)
+        {
+            _text.Open("[", RouteStats.HistoryKeys[i]);
+            for (long sample = first; sample < samples; sample++)
+            {
+                _text.Add(route.History[i][sample]);
+            }
+
+            _text.Close("]");
+        }
+
+        _text.Close("}");
+        _text.Close("}");
+    }
+
+    private void WriteCounters(Counters counters)
+    {
+        _text.Add("name", counters.Name);
+        _text.Add("connections", counters.Connections);
+        _text.Add("current", counters.Current);
+        _text.Add("max_current", counters.Most);
+        _text.Add("limit", counters.MaxConnections);
+        _text.Add("bytes_up", counters.BytesUp);
+        _text.Add("bytes_down", counters.BytesDown);
+        _text.Add("connect_failures", counters.ConnectFailures);
+        _text.Add("retries", counters.Retries);
+        _text.Add("client_resets", counters.ClientResets);
+        _text.Add("server_resets", counters.ServerResets);
+    }
+
+    private void WriteServer(ServerStats server)
+    {
+        _text.Open("{");
+        WriteCounters(server);
+        _text.Add("address", server.Address);
+        _text.Add("state", server.State);
+        _text.Add("since", Text.Of(server.Since));
+        _text.Add("downs", server.Downs);
+        _text.Add("weight", server.Weight);
+        _text.Add("backup", server.IsBackup);
+        _text.Add("check", server.Check);
+        _text.Add("last_failure", server.LastFailure);
+        _text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
+        _text.Add("connect_time_us", server.ConnectMicroseconds);
+        _text.Close("}");
+    }
+
+    private void WriteHistogram(string name, Histogram histogram)
+    {
+        _text.Open("{", name);
+        _text.Open("[", "le_us");
+        Array.ForEach(histogram.Bounds, _text.Add);
+        _text.Close("]");
+        _text.Open("[", "counts");
+        for (int i = 0; i <= histogram.Bounds.Length; i++)
+        {
+            _text.Add(histogram.CountAt(i));
+        }
+
+        _text.Close("]");
+        _text.Add("sum_us", histogram.Sum);
+        _text.Close("}");
+    }
+
+    private void WriteSessions()
+    {
+        foreach (ISession session in _totals.Sessions)
+        {
+            _text.Open("{");
+            _text.Add("id", $"0x{session.Line.Id:x}"); // as control calls it
+            _text.Add("route", session.Line.RouteStats.Name);
+            _text.Add("client", Text.Of(session.Line.Client));
+            _text.Add("server", session.Line.ServerStats?.Title ?? "-");
+            _text.Add("address", Text.Of(session.Line.Address));
+            _text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
+            _text.Add("bytes_up", session.BytesUp);
+            _text.Add("bytes_down", session.BytesDown);
+            _text.Close("}");
+        }
+    }
+
+    // ---- Prometheus, text format 0.0.4
+
+    internal void WriteMetrics()
+    {
+        OfRoutes("frontend_connections_total", "Connections accepted.", route => route.Connections);
+        OfRoutes("frontend_current_sessions", "Connections now.", route => route.Current);
+        OfRoutes("frontend_max_sessions", "Most connections at once so far.", route => route.Most);
+        OfRoutes("frontend_limit_sessions", "Most connections allowed; 0 is any number.", route => route.MaxConnections);
+        OfRoutes("frontend_denied_connections_total", "Connections refused by access rules, limits, rates or full queues.",
+            route => route.Refused);
+        OfRoutes("frontend_bytes_in_total", "Bytes received from clients.", route => route.BytesUp);
+        OfRoutes("frontend_bytes_out_total", "Bytes sent to clients.", route => route.BytesDown);
+        Family("frontend_ends_total", "Connections ended, by HAProxy's two letters and reason.");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            foreach (EndCount end in route.Ends)
+            {
+                Sample("frontend_ends_total", $"{Label(route)},end={Quote(end.Code)},reason={Quote(end.Words)}",
+                    Text.Of(end.Count));
+            }
+        }
+
+        OfHistograms("frontend_session_duration_seconds", "How long connections with a server lasted.", route => route.Duration);
+        OfHistograms("backend_connect_time_seconds", "How long connecting to servers took.", route => route.ConnectTime);
+        OfRoutes("backend_current_queue", "Clients waiting for room.", route => route.Queued);
+        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.",
+            route => route.ConnectFailures);
+        OfRoutes("backend_retry_warnings_total", "Connects tried again at another server.", route => route.Retries);
+        OfRoutes("backend_client_aborts_total", "Connections reset by clients.", route => route.ClientResets);
+        OfRoutes("backend_server_aborts_total", "Connections reset by servers.", route => route.ServerResets);
+        OfRoutes("backend_active_servers", "Servers that take connections.",
+            route => route.Servers.FindAll(server => server.State == "up").Count);
+
+        Family("server_status", "1 for the state that the server is in, 0 for the others.");
+        string[] states = ["up", "down", "drain", "maint"];
+        EachServer(server => Array.ForEach(states, state =>
+            Sample("server_status", $"{Label(server)},state=\"{state}\"", server.State == state ? "1" : "0")));
+        Family("server_last_change_timestamp_seconds", "When the server came up or went down, since the epoch.");
+        EachServer(server => Sample("server_last_change_timestamp_seconds", Label(server), Epoch(server.Since)));
+        OfServers("server_weight", "Share of the connections.", server => server.Weight);
+        OfServers("server_current_sessions", "Connections now.", server => server.Current);
+        OfServers("server_max_sessions", "Most connections at once so far.", server => server.Most);
+        OfServers("server_limit_sessions", "Most connections allowed; 0 is any number.", server => server.MaxConnections);
+        OfServers("server_sessions_total", "Connections made.", server => server.Connections);
+        OfServers("server_bytes_in_total", "Bytes of clients for the server.", server => server.BytesUp);
+        OfServers("server_bytes_out_total", "Bytes of the server for clients.", server => server.BytesDown);
+        OfServers("server_connection_errors_total", "Connects that failed.", server => server.ConnectFailures);
+        OfServers("server_retry_warnings_total", "Failed connects after which another server was tried.",
+            server => server.Retries);
+        OfServers("server_client_aborts_total", "Connections reset by clients.", server => server.ClientResets);
+        OfServers("server_server_aborts_total", "Connections reset by the server.", server => server.ServerResets);
+        OfServers("server_check_up_down_total", "How often the server went down.", server => server.Downs);
+        Family("server_connect_time_seconds", "How long connecting to the server took.", "summary");
+        EachServer(server =>
+        {
+            Sample("server_connect_time_seconds_sum", Label(server), Seconds(server.ConnectMicroseconds));
+            Sample("server_connect_time_seconds_count", Label(server), Text.Of(server.Connections));
+        });
+
+        Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
+        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
+        Single("process_cpu_seconds_total", "Processor time.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
+        Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
+        Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
+        Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
+        Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
+        Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(_log.DroppedInAll));
+    }
+
+    private void Family(string name, string help, string? type = null)
+    {
+        type ??= name.EndsWith("_total", StringComparison.Ordinal) ? "counter" : "gauge";
+        _text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
+    }
+
+    private void Sample(string name, string labels, string value) =>
+        _text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
+
+    private void Single(string name, string help, string value, string labels = "")
+    {
+        Family(name, help);
+        Sample(name, labels, value);
+    }
+
+    private void Known(string name, string help, long value)
+    {
+        if (value > 0)
+        {
+            Single(name, help, Text.Of(value));
+        }
+    }
+
+    private void OfRoutes(string name, string help, Func<RouteStats, long> value)
+    {
+        Family(name, help);
+        _totals.Routes.ForEach(route => Sample(name, Label(route), Text.Of(value(route))));
+    }
+
+    private void EachServer(Action<ServerStats> action) => _totals.Routes.ForEach(route => route.Servers.ForEach(action));
+
+    private void OfServers(string name, string help, Func<ServerStats, long> value)
+    {
+        Family(name, help);
+        EachServer(server => Sample(name, Label(server), Text.Of(value(server))));
+    }
+
+    private void OfHistograms(string name, string help, Func<RouteStats, Histogram> of)
+    {
+        Family(name, help, "histogram");
+        foreach (RouteStats route in _totals.Routes)
+        {
+            Histogram histogram = of(route);
+            long sum = histogram.Sum;
+            long count = 0;
+            for (int i = 0; i <= histogram.Bounds.Length; i++)
+            {
+                count += histogram.CountAt(i);
+                string bound = i < histogram.Bounds.Length ? Seconds(histogram.Bounds[i]) : "+Inf";
+                Sample($"{name}_bucket", $"{Label(route)},le=\"{bound}\"", Text.Of(count));
+            }
+
+            Sample($"{name}_sum", Label(route), Seconds(sum));
+            Sample($"{name}_count", Label(route), Text.Of(count));
+        }
+    }
+
+    private static string Label(RouteStats route) => $"route={Quote(route.Name)}";
+
+    private static string Label(ServerStats server) => $"{Label(server.RouteStats)},server={Quote(server.Name)}";
+
+    /// <summary>The format knows these three escapes and no other.</summary>
+    private static string Quote(string value) => $"\"{value.Replace("\\", "\\\\", StringComparison.Ordinal)
+        .Replace("\"", "\\\"", StringComparison.Ordinal).Replace("\n", "\\n", StringComparison.Ordinal)}\"";
+
+    private static string Epoch(DateTime utc) => Seconds((utc.Ticks - DateTime.UnixEpoch.Ticks) / TimeSpan.TicksPerMicrosecond);
+
+    /// <summary>Microseconds as seconds.</summary>
+    private static string Seconds(long time) =>
+        $"{Text.Of(time / 1_000_000)}.{Text.Of(time % 1_000_000).PadLeft(6, '0')}".TrimEnd('0').TrimEnd('.');
+
+    // ---- the page
+
+    internal static ReadOnlySpan<byte> Html => """
+<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tcpproxy</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none'
+ stroke='%233b6fe0' stroke-width='2'><path d='M2 5h10l-3-3m5 9H4l3 3'/></svg>">
+<style>
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1b2330; --dim: #68717f; --line: #e6e9ee; --soft: #f2f4f7;
+  --up: #d9822b; --down: #2f6fde; --now: #7a5cc9; --good: #1c9a5b; --warn: #b97d00; --bad: #d0383b }
+@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161b22; --ink: #e3e8ef; --dim: #8a94a3; --line: #252c36;
+  --soft: #1c222b; --up: #f0a04b; --down: #6aa0ff; --now: #a78bfa; --good: #3fb977; --warn: #e0a83a; --bad: #f26d6d } }
+* { box-sizing: border-box; margin: 0 }
+body { background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  max-width: 1180px; margin: auto; padding: 20px }
+b { font-weight: 600 }
+header, h2, .facts, .legend { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px }
+header { margin-bottom: 16px }
+h1 { font-size: 20px; font-weight: 650; letter-spacing: -.02em }
+h2 { font-size: 15px; font-weight: 650; overflow-wrap: anywhere }
+h3 { font-size: 12px; font-weight: 600; color: var(--dim); margin: 0 0 4px }
+.dim, .facts, .legend, th { color: var(--dim); font-weight: 400; font-size: 12px }
+.facts { margin-left: auto } .facts b { color: var(--ink) }
+.pill { border-radius: 99px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: var(--c);
+  background: color-mix(in srgb, var(--c) 14%, transparent) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin-bottom: 12px;
+  min-width: 0 }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px } .tiles + * { margin-top: 12px }
+.tile { padding: 12px 0 0; overflow: hidden; margin: 0 } .tile > div { padding: 0 16px }
+.tile strong { font-size: 22px; font-weight: 650; letter-spacing: -.02em }
+.cols { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px 24px; margin: 10px 0 }
+.main { display: grid; grid-template-columns: minmax(0, 1fr) 270px; gap: 16px 28px }
+svg { display: block; width: 100%; height: 56px; overflow: visible; border-bottom: 1px solid var(--line) }
+.tile svg { height: 44px; border: 0 }
+path { fill: none; stroke: var(--c); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linejoin: round }
+.area { fill: var(--c); fill-opacity: .13; stroke: none } .mark { stroke: var(--dim); stroke-dasharray: 2 2 }
+.legend { margin-bottom: 4px; min-height: 18px } .legend > :last-child { margin-left: auto }
+.legend i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; background: var(--c); margin-right: 5px }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
+th, td { text-align: right; white-space: nowrap; padding: 0 0 3px 12px; min-width: 62px } .l { text-align: left }
+td { padding: 4px 0 4px 12px; border-top: 1px solid var(--line) }
+td small { font-size: 12px; color: var(--dim); margin-left: 6px }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td:first-child { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis }
+.even td:first-child { width: auto; max-width: none }
+.dot { display: inline-block; width: 8px; height: 8px; border-radius: 50%; background: var(--c); margin-right: 8px }
+.end { display: flex; gap: 8px; font-size: 13px; align-items: baseline }
+.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px }
+.end :nth-child(2) { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.bar { height: 4px; border-radius: 2px; background: var(--soft); margin: 2px 0 7px }
+.bar i { display: block; height: 4px; border-radius: 2px; background: var(--c); min-width: 2px }
+button { font: inherit; font-size: 12px; color: var(--dim); background: none; border: 0; border-radius: 6px; padding: 2px 8px;
+  cursor: pointer }
+button.on, button:hover { background: var(--soft); color: var(--ink) } .old main { opacity: .45 }
+.zero { color: var(--dim); opacity: .55 }
+@media (max-width: 760px) { body { padding: 12px } .card { padding: 12px } .tile { padding: 10px 0 0 } .wide { display: none }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .main { grid-template-columns: minmax(0, 1fr) } .facts { margin-left: 0 }
+  .cols { grid-template-columns: 1fr 1fr } .cols > :first-child { grid-column: span 2 } th, td { min-width: 0 } }
+</style>
+<header></header>
+<main><noscript>This page draws itself. The same numbers: <a href="stats.json">stats.json</a>, <a href="metrics">metrics</a>.
+</noscript></main>
+<script>
+'use strict'
+const KEEP = 150 // samples
+const $ = (tag, attributes = {}, ...children) => { // names are anybody's: they go in as text, never as markup
+  const e = tag[0] == '-' ? document.createElementNS('http://www.w3.org/2000/svg', tag.slice(1)) : document.createElement(tag)
+  for (const key in attributes) key == 'click' ? e.onclick = attributes[key] : e.setAttribute(key, attributes[key])
+  e.append(...children.flat().filter(child => child != null))
+  return e
+}
+const color = name => ({ style: `--c: var(--${name})` })
+
+// ---- numbers as text
+const scale = (n, units) => {
+  let i = 0
+  for (; n >= 999.5 && i < units.length - 1; i++) n /= 1000
+  return n.toFixed(n >= 100 || n % 1 == 0 && !i ? 0 : 1) + units[i]
+}
+const count = n => n >= 1e5 ? scale(n, ['', ' k', ' M', ' G']) : n % 1 ? n.toFixed(1) : n.toLocaleString('en')
+const bytes = n => scale(n, [' B', ' kB', ' MB', ' GB', ' TB', ' PB'])
+const rate = n => bytes(n) + '/s', perSecond = n => count(n) + '/s'
+const span = s => s < 10 ? `${+s.toFixed(1)} s` : s < 60 ? `${s | 0} s` : s < 3600 ? `${s / 60 | 0} m ${s % 60 | 0} s`
+  : s < 86400 ? `${s / 3600 | 0} h ${s / 60 % 60 | 0} m` : `${s / 86400 | 0} d ${s / 3600 % 24 | 0} h`
+const cell = (n, text = count) => $('span', n ? {} : { class: 'zero' }, n ? text(n) : '0')
+const last = list => list[list.length - 1] ?? 0
+
+// ---- parts of the page
+function graph(text, ...lines) { // of [name, color, values], all on one scale from 0, the newest on the right
+  const top = Math.max(...lines.flatMap(line => line[2]), 1e-9)
+  const svg = $('-svg', { viewBox: `0 0 ${KEEP - 1} 30`, preserveAspectRatio: 'none' })
+  for (const [, hue, values] of lines) {
+    const from = KEEP - values.length
+    const path = values.map((v, i) => `${from + i} ${(30 - v / top * 28).toFixed(2)}`).join('L')
+    if (path) svg.append($('-path', { class: 'area', d: `M${from} 30L${path}L${KEEP - 1} 30`, ...color(hue) }),
+      $('-path', { d: 'M' + path, ...color(hue) }))
+  }
+  svg.lines = lines
+  svg.text = text
+  svg.caption = $('div', { class: 'legend' }, lines.map(([name, hue, values]) =>
+    $('span', {}, $('i', color(hue)), name, ' ', $('b', {}, text(last(values))))),
+    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`, $('span', { class: 'wide' }, ' in 5 min')))
+  return svg
+}
+function tile(title, text, hue, values) {
+  const svg = graph(text, ['', hue, values])
+  svg.caption = $('h3', {}, title)
+  return $('div', { class: 'card tile' }, $('div', {}, svg.caption, $('strong', {}, text(last(values)))), svg)
+}
+const facts = (...pairs) => $('span', { class: 'facts' },
+  pairs.filter(Boolean).map(([n, what]) => $('span', {}, $('b', {}, n), ' ', what)))
+const table = (heads, rows, style = '') => $('div', { class: 'scroll' }, $('table', { class: style },
+  $('tr', {}, heads.map(([title, kind = '']) => $('th', { class: kind }, title))),
+  rows.map(cells => $('tr', {}, cells.map((content, i) => $('td', { class: heads[i][1] ?? '' }, content ?? ''))))))
+
+const FEW = 12, opened = new Set
+function servers(route) {
+  const rank = { down: 0, drain: 1, maint: 1, up: 2 }, hue = { up: 'good', down: 'bad', drain: 'warn', maint: 'now' }
+  const isOpen = opened.has(route.name), all = [...route.servers]
+  if (all.length > FEW && !isOpen) all.sort((a, b) => rank[a.state] - rank[b.state] || b.current - a.current)
+  const row = s => {
+    const why = s.check && s.check != 'passed' ? s.check : s.last_failure
+    const note = s.state == 'up' ? s.backup ? 'backup' : '' : s.state + (s.state == 'down' && why ? ` · ${why}` : '')
+    const title = `${s.address}, ${s.state} since ${s.since}` + (s.check && `; check: ${s.check}`)
+      + (s.last_failure && `; last failure: ${s.last_failure} ${s.last_failed}`)
+    return [$('span', { title }, $('i', { class: 'dot', ...color(hue[s.state]) }), s.name, $('small', {}, note)), cell(s.current),
+      cell(s.connections), cell(s.bytes_up, bytes), cell(s.bytes_down, bytes),
+      cell(s.connections && s.connect_time_us / s.connections, us => `${(us / 1000).toFixed(1)} ms`),
+      cell(s.connect_failures), s.weight]
+  }
+  const heads = [['server'], ['now'], ['total'], ['↑', 'wide'], ['↓'], ['connect', 'wide'], ['failed'], ['weight', 'wide']]
+  return $('div', {}, table(heads, (isOpen ? all : all.slice(0, FEW)).map(row)), all.length > FEW ? $('button', {
+      click: () => { isOpen ? opened.delete(route.name) : opened.add(route.name); render() } },
+      isOpen ? 'fewer' : `all ${all.length} servers`) : null)
+}
+function ends(route) {
+  const hue = ([who]) => ({ '-': 'good', S: 'bad', I: 'bad', R: 'bad', P: 'now', K: 'dim' })[who] ?? 'warn'
+  const list = route.ends.filter(e => e.count).sort((a, b) => b.recent - a.recent || b.count - a.count).slice(0, 8)
+  const most = Math.max(1, ...list.map(e => e.recent))
+  return $('div', {}, $('h3', {}, 'ends, last 5 minutes'), list.length ? list.map(e =>
+    $('div', { title: `${e.count} since the start`, ...color(hue(e.end)) },
+      $('div', { class: 'end' }, $('code', {}, e.end), $('span', {}, e.reason), cell(e.recent)),
+      $('div', { class: 'bar' }, e.recent ? $('i', { style: `width: ${e.recent / most * 100}%` }) : null)))
+    : $('span', { class: 'dim' }, 'none yet'))
+}
+function card(route, h) {
+  const graphs = [graph(rate, ['↑ from clients', 'up', h.bytes_up], ['↓ to clients', 'down', h.bytes_down]),
+    graph(count, ['open', 'now', h.current]), graph(perSecond, ['new', 'good', h.connections])]
+  const all = route.servers.length, up = route.servers.filter(s => s.state == 'up').length
+  return $('section', { class: 'card' }, $('h2', {}, route.name,
+    $('span', { class: 'pill', ...color(up == all ? 'good' : up ? 'warn' : 'bad') },
+      route.in_force ? `${up} of ${all} up` : 'removed, these are its last connections'),
+    facts([count(route.current), route.limit ? `of ${count(route.limit)} now` : 'now'], [count(route.max_current), 'max'],
+      [count(route.connections), 'total'], [bytes(route.bytes_up), '↑'], [bytes(route.bytes_down), '↓'],
+      route.queued && [count(route.queued), 'queued'], route.refused && [count(route.refused), 'refused'],
+      route.connect_failures && [count(route.connect_failures), 'failed connects'])),
+    $('div', { class: 'cols' }, graphs.map(svg => $('div', {}, svg.caption, svg))),
+    $('div', { class: 'main' }, servers(route), ends(route)))
+}
+function sessions(s) {
+  const many = s.routes.length > 1, orders = { bytes: 'most bytes', new: 'newest' }
+  return $('section', { class: 'card' }, $('h2', {}, 'sessions', $('span', {}, Object.keys(orders).map(o =>
+    $('button', { class: o == order ? 'on' : '', click: () => { order = o; poll() } }, orders[o]))),
+    facts([count(s.sessions.length), `of ${count(s.current)}`])),
+    table([['client'], [many ? 'route' : '', 'l wide'], ['server', 'l'], ['age'], ['↑'], ['↓']], s.sessions.map(one =>
+      [one.client, many ? one.route : '', one.server, span(one.age_ms / 1000), cell(one.bytes_up, bytes),
+        cell(one.bytes_down, bytes)]), 'even'))
+}
+
+// ---- life
+let shown, history = {}, samples = 0, order = 'bytes', lost = 0, busy = false, pointer
+function render() {
+  if (!shown || !getSelection().isCollapsed) return // somebody is copying
+  const s = shown, y = scrollY
+  const focus = document.activeElement.tagName == 'BUTTON' && document.activeElement.textContent
+  const sum = key => {
+    const all = s.routes.map(r => history[r.name][key]), length = Math.max(1, ...all.map(v => v.length))
+    return [...Array(length).keys()].map(i => all.reduce((n, v) => n + (v[v.length - length + i] ?? 0), 0))
+  }
+  document.body.className = lost ? 'old' : ''
+  document.querySelector('header').replaceChildren($('h1', {}, 'tcpproxy'),
+    $('span', { class: 'pill', ...color(lost || s.health != 'ok' ? 'bad' : 'good') },
+      lost ? `no answer since ${new Date(lost).toLocaleTimeString()}` : s.health == 'ok' ? 'healthy' : s.health),
+    facts([span(s.uptime_s), 'up'], [bytes(s.resident_bytes), 'memory'], [span(s.cpu_ms / 1000), 'processor'],
+      s.log_dropped && [count(s.log_dropped), 'log lines dropped'], ['version', s.version]))
+  document.querySelector('main').replaceChildren($('div', { class: 'tiles' },
+    tile('connections', count, 'now', sum('current')), tile('new connections', perSecond, 'good', sum('connections')),
+    tile('↑ from clients', rate, 'up', sum('bytes_up')), tile('↓ to clients', rate, 'down', sum('bytes_down'))),
+    ...s.routes.map(r => card(r, history[r.name])), sessions(s))
+  scrollTo(0, y)
+  if (focus) [...document.querySelectorAll('button')].find(b => b.textContent == focus)?.focus()
+  hover()
+}
+function hover() { // what a graph showed at the pointer's place
+  const svg = pointer && document.elementFromPoint(...pointer)?.closest('svg')
+  if (!svg?.lines) return
+  const box = svg.getBoundingClientRect(), i = Math.round((pointer[0] - box.left) / box.width * (KEEP - 1))
+  svg.querySelector('.mark')?.remove()
+  svg.append($('-path', { class: 'mark', d: `M${i} 0V30` }))
+  const said = svg.lines.map(([name, , v]) => `${name} ${i < KEEP - v.length ? '–' : svg.text(v[v.length - KEEP + i])}`)
+  svg.caption.textContent = `${said.join('  ').trim()}, ${span((KEEP - 1 - i) * shown.interval_s)} ago`
+}
+async function poll() {
+  if (busy) return
+  busy = true
+  try {
+    const answer = await fetch(`stats.json?since=${samples}&sessions=${order}`, { signal: AbortSignal.timeout(8000) })
+    const s = await answer.json(), old = shown && shown.started != s.started ? null : history
+    if (old) {
+      history = {}
+      for (const route of s.routes) {
+        const h = history[route.name] = {}
+        for (const key in route.history) h[key] = [...old[route.name]?.[key] ?? [],
+          ...route.history[key].map(n => key == 'current' ? n : n / s.interval_s)].slice(-KEEP)
+      }
+      [shown, samples, lost] = [s, s.samples, 0]
+    } else [shown, history, samples] = [null, {}, 0] // it is another process now: from the beginning
+  } catch {
+    lost ||= Date.now()
+  }
+  busy = false
+  render()
+}
+onpointermove = e => { pointer = [e.clientX, e.clientY]; hover() }
+setInterval(document.onvisibilitychange = () => document.hidden || poll(), 2000)
+poll()
+</script></html>
+"""u8;
+}
+
+// ---- control
+
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
+/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+internal sealed class ControlServer(Func<string[], string> answer, Log log)
+{
+    private const int MostClients = 16;
+    private const int LongestLine = 16 << 10; // bytes
+    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
+    private const int Slowest = 10_000; // ms
+    private const int Idle = 60_000; // ms
+
+    private int _clients;
+
+    /// <summary>The socket is ours from here on.</summary>
+    internal void Accepted(Socket client)
+    {
+        if (Interlocked.Increment(ref _clients) <= MostClients)
+        {
+            _ = Task.Run(() => ServeAsync(client));
+            return;
+        }
+
+        Interlocked.Decrement(ref _clients);
+        client.Dispose();
+    }
+
+    private async Task ServeAsync(Socket client)
+    {
+        try
+        {
+            using CancellationTokenSource time = new();
+            byte[] bytes = new byte[LongestLine];
+            Conduct conduct = new();
+            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            {
+                time.CancelAfter(Idle);
+                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+                length += received;
+                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+                if (end == 0 && length == LongestLine)
+                {
+                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                    return;
+                }
+
+                if (end > 0)
+                {
+                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+                }
+
+                bytes.AsSpan(end, length - end).CopyTo(bytes);
+                length -= end;
+            }
+        }
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
+        {
+            // it has left, or is too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            log.Event(LogLevel.Error, "internal-error", e.ToString());
+        }
+        finally
+        {
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
+        }
+    }
+
+    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
+    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
+    {
+        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
+        {
+            if (!conduct.HasQuit)
+            {
+                await Task.Yield(); // no event loop waits for an answer (rule 6)
+                await SendAsync(client, Answer(command, conduct), time);
+            }
+        }
+
+        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
+    }
+
+    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
+    {
+        byte[] bytes = Encoding.UTF8.GetBytes(text);
+        for (int start = 0; start < bytes.Length; start += Chunk)
+        {
+            time.CancelAfter(Slowest);
+            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
+        }
+    }
+
+    private string Answer(string command, Conduct conduct)
+    {
+        string text;
+        try
+        {
+            string[] words = Text.Words(command);
+            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
+            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
+            {
+                return "";
+            }
+        }
+        catch (FormatException e)
+        {
+            text = conduct.Mark + e.Message;
+        }
+
+        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
+    }
+
+    /// <summary>What a client has said about its connection.</summary>
+    private sealed class Conduct
+    {
+        internal bool HasQuit { get; private set; }
+        internal bool IsOver { get; set; }
+        internal bool IsPrompting { get; private set; }
+        internal string Mark { get; private set; } = ""; // in front of an error, for programs
+
+        /// <summary>The answer; null to any other command.</summary>
+        internal string? Take(string[] words)
+        {
+            bool isSeverity = words is ["set", "severity-output", ..];
+            HasQuit = words[0] == "quit";
+            IsPrompting ^= words[0] == "prompt";
+            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
+                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
+                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
+            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
+        }
+    }
+}
+
+/// <summary>--ctl</summary>
+internal static class ControlClient
+{
+    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
+    /// <exception cref="IOException">there is none</exception>
+    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
+    {
+        try
+        {
+            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
+            socket.Connect(new UnixDomainSocketEndPoint(path));
+            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
+            using MemoryStream answer = new();
+            byte[] bytes = new byte[64 << 10];
+            for (int received; (received = socket.Receive(bytes)) > 0;)
+            {
+                answer.Write(bytes, 0, received);
+            }
+
+            return Read(Encoding.UTF8.GetString(answer.ToArray()));
+        }
+        catch (SocketException e)
+        {
+            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
+                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
+        }
+    }
+
+    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
+    private static (string Text, bool IsError) Read(string answer)
+    {
+        StringBuilder text = new();
+        bool isError = false;
+        bool isFirst = true; // of an answer
+        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
+        {
+            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
+            string words = isMarked ? line[5..] : line;
+            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
+                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
+            text.Append(words).Append('\n');
+            isFirst = line.Length == 0;
+        }
+
+        return (text.Length > 1 ? text.ToString() : "", isError);
+    }
+}
+
+/// <summary>Who has started us and wants to know how we are: systemd, or whoever else sets NOTIFY_SOCKET (sd_notify(3)). Where
+/// WATCHDOG_USEC is set as well we say that we live, twice in that time: the sweep rings in every event loop, and the loop that
+/// answers last sends the message, so that one which hangs holds it back. The log, the name look-ups and the thread pool may
+/// hang without that.</summary>
+internal sealed class Supervisor : Watched
+{
+    private const int StatusPause = 5000; // ms at least between two of them
+
+    private readonly string? _path; // null = nobody wants to know
+    private readonly Func<string> _status;
+    private readonly byte[] _sound = new byte[1];
+    private readonly List<Socket> _ropes = []; // one for each event loop
+    private string _told = "";
+    private long _statusDue;
+    private long _ringDue;
+    private int _silent; // loops that have been rung and have not answered
+
+    internal Supervisor(Func<string> status)
+    {
+        _status = status;
+        string? path = Take("NOTIFY_SOCKET");
+        _path = path?.Length is > 1 and <= 107 && path[0] is '/' or '@' ? path : null; // as in sun_path of unix(7)
+        bool isOurs = Take("WATCHDOG_PID") is not { } process || process == Text.Of(Environment.ProcessId);
+        Bound = long.TryParse(Take("WATCHDOG_USEC"), NumberStyles.None, CultureInfo.InvariantCulture, out long time)
+            && isOurs && _path is not null ? TimeSpan.FromMilliseconds(time / 2000) : TimeSpan.Zero;
+
+        // it is meant for us, and not for our children
+        static string? Take(string name)
+        {
+            string? value = Environment.GetEnvironmentVariable(name);
+            Environment.SetEnvironmentVariable(name, null);
+            return value;
+        }
+    }
+
+    /// <summary>How often we say that we live; zero is never.</summary>
+    internal TimeSpan Bound { get; }
+
+    /// <summary>Before other sockets have waited for anything: the runtime gives them to its loops in turn.</summary>
+    internal void Start()
+    {
+        for (int i = Bound > TimeSpan.Zero ? EventLoop.Count : 0; i > 0 && SocketPair.Open() is { } pair; i--)
+        {
+            _ropes.Add(pair.Second);
+            _ = AnswerAsync(pair.First);
+        }
+
+        if (_path is not null)
+        {
+            Sweep.Add(this);
+        }
+    }
+
+    internal void Ready() => Tell($"READY=1\nMAINPID={Text.Of(Environment.ProcessId)}\nSTATUS={_told = _status()}");
+
+    internal void Reloading() =>
+        Tell($"RELOADING=1\nMONOTONIC_USEC={Text.Of((long)Stopwatch.GetElapsedTime(0).TotalMicroseconds)}");
+
+    internal void Stopping() => Tell("STOPPING=1\nSTATUS=draining");
+
+    internal override bool Check(long now)
+    {
+        if (now >= _statusDue)
+        {
+            _statusDue = now + StatusPause;
+            string status = _status();
+            if (status != _told)
+            {
+                Tell($"STATUS={_told = status}", isPatient: false);
+            }
+        }
+
+        if (Bound > TimeSpan.Zero && now >= _ringDue && Volatile.Read(ref _silent) == 0)
+        {
+            _ringDue = now + (long)(Bound.TotalMilliseconds * 3 / 4); // the sweep may come a quarter late
+            _silent = _ropes.Count;
+            _ropes.ForEach(rope => rope.Send(_sound));
+            Answered(0);
+        }
+
+        return false;
+    }
+
+    internal override void Stop()
+    {
+    }
+
+    private async Task AnswerAsync(Socket ear)
+    {
+        byte[] heard = new byte[1];
+        while (await ear.ReceiveAsync(heard.AsMemory(), SocketFlags.None) > 0)
+        {
+            Answered(1);
+        }
+    }
+
+    private void Answered(int loops)
+    {
+        if (Interlocked.Add(ref _silent, -loops) == 0 && (loops > 0 || _ropes.Count == 0))
+        {
+            Tell("WATCHDOG=1", isPatient: false);
+        }
+    }
+
+    /// <summary>A patient one waits a while for a receiver who is behind: its message is not sent again.</summary>
+    private void Tell(string message, bool isPatient = true)
+    {
+        try
+        {
+            if (_path is not null)
+            {
+                using Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+                (socket.Blocking, socket.SendTimeout) = (isPatient, 2000);
+                socket.SendTo(
+                    Encoding.UTF8.GetBytes(message), new UnixDomainSocketEndPoint(_path[0] == '@' ? $"\0{_path[1..]}" : _path));
+            }
+        }
+        catch (SocketException)
+        {
+            // nobody is there any more, or out of descriptors just now
+        }
+    }
+}
+
+// == 13  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
 // the queue are dropped, counted, and the count is said when the reader is back.
@@ -9360,8 +10442,6 @@ internal sealed class Totals
     });
 }
 
-// ---- --stats
-
 /// <summary>What each interval has added to a number that only grows, or found of one that does not: for five minutes.</summary>
 internal sealed class Series
 {
@@ -9385,1076 +10465,7 @@ internal sealed class Series
     }
 }
 
-/// <summary>A client of the page. It has a little time, and the sweep sees to that.</summary>
-internal sealed class Visitor(Socket socket) : Watched
-{
-    private const int RequestTime = 5000; // ms
-    private const int AnswerTime = 10_000;
-
-    private long _deadline = Environment.TickCount64 + RequestTime;
-
-    internal byte[] Buffer { get; } = new byte[8 << 10];
-    internal int Length { get; set; } // of the request
-    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
-    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
-    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
-    internal TaskCompletionSource<byte[]> Answer { get; } = new();
-
-    internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
-
-    internal override bool Check(long now)
-    {
-        if (now >= Volatile.Read(ref _deadline))
-        {
-            socket.Close(0);
-        }
-
-        return false;
-    }
-
-    internal override void Stop() => socket.Close(0);
-}
-
-/// <summary>--stats: an HTTP server of four pages, one request a connection. A thread of its own samples and writes all
-/// answers, and rests four times as long as it has worked: no crowd of visitors takes a processor from the traffic.</summary>
-internal sealed class StatsServer(IObserved proxy, Log log)
-{
-    private const int MostVisitors = 64; // at once; whoever comes then is closed
-    private const int Pause = 4; // times what its work has taken
-
-    private readonly Queue<Visitor> _waiting = []; // under itself
-    private long _samples; // taken so far
-    private int _visitors;
-
-    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
-
-    /// <summary>The socket is ours (rule 1).</summary>
-    internal void Accepted(Socket socket)
-    {
-        if (Interlocked.Increment(ref _visitors) > MostVisitors)
-        {
-            Interlocked.Decrement(ref _visitors);
-            socket.Close(0);
-            return;
-        }
-
-        _ = ServeAsync(socket);
-    }
-
-    private async Task ServeAsync(Socket socket)
-    {
-        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
-        Visitor visitor = new(socket);
-        Memory<byte> buffer = visitor.Buffer;
-        Sweep.Add(visitor);
-        try
-        {
-            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
-            {
-                length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
-            }
-
-            if (visitor.Length > 0)
-            {
-                visitor.HasAsked();
-                lock (_waiting)
-                {
-                    _waiting.Enqueue(visitor);
-                    Monitor.Pulse(_waiting);
-                }
-
-                await socket.SendAsync(await visitor.Answer.Task, SocketFlags.None);
-                socket.Shutdown(SocketShutdown.Send);
-                for (int i = 0; i < Trailing && await socket.ReceiveAsync(buffer, SocketFlags.None) > 0; i++)
-                {
-                }
-            }
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            // it has left, or was too slow
-        }
-        finally
-        {
-            Sweep.Remove(visitor);
-            socket.Dispose();
-            Interlocked.Decrement(ref _visitors);
-        }
-    }
-
-    // ---- the thread
-
-    private void Run()
-    {
-        const int Interval = 1000 * Series.Interval;
-        long next = Environment.TickCount64;
-        double tired = 0; // ms
-        while (true)
-        {
-            Visitor? visitor;
-            lock (_waiting)
-            {
-                int pause = (int)Math.Max(0, next - Environment.TickCount64);
-                if (_waiting.Count == 0 && pause > 0)
-                {
-                    Monitor.Wait(_waiting, pause);
-                }
-
-                _waiting.TryDequeue(out visitor);
-            }
-
-            long began = Stopwatch.GetTimestamp();
-            try
-            {
-                if (Environment.TickCount64 >= next)
-                {
-                    next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
-                    Sample();
-                }
-
-                visitor?.Answer.SetResult(Answer(visitor));
-            }
-#pragma warning disable CA1031 // a surprise on this page must not end the proxy
-            catch (Exception e)
-#pragma warning restore CA1031
-            {
-                log.Event(LogLevel.Error, "internal-error", e.ToString());
-                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
-            }
-
-            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
-            Thread.Sleep((int)tired);
-            tired -= (int)tired;
-        }
-    }
-
-    private void Sample()
-    {
-        new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
-        _samples++;
-    }
-
-    // ---- HTTP
-
-    /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
-    private byte[] Answer(Visitor visitor)
-    {
-        LogText body = new(LogFormat.Json);
-        string type = "text/plain";
-        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
-        string[] words = lines[0].Split(' ');
-        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
-            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
-            : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
-            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
-            : Write(body, words[1], ref type);
-        if (body.Bytes.Length == 0)
-        {
-            body.Append($"{status.Split('\r')[0]}\n");
-        }
-
-        byte[] head = Encoding.UTF8.GetBytes($"HTTP/1.1 {status}\r\nContent-Type: {type}; charset=utf-8\r\nContent-Length: "
-            + $"{Text.Of(body.Bytes.Length)}\r\nConnection: close\r\nCache-Control: no-store\r\n"
-            + "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\n"
-            + "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
-            + "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n\r\n");
-        return words[0] == "HEAD" ? head : [.. head, .. body.Bytes];
-    }
-
-    /// <summary>A page from elsewhere can make its own name mean this machine (DNS rebinding), and ask in the reader's browser.
-    /// What asks at a loopback address by a name with a dot is one.</summary>
-    private static bool IsForeign(string[] lines)
-    {
-        const string Header = "host:";
-        string host = Array.Find(lines, line => line.StartsWith(Header, StringComparison.OrdinalIgnoreCase)) ?? Header;
-        host = host[Header.Length..].Trim();
-        int port = host.LastIndexOf(':');
-        string name = port < 0 || host.EndsWith(']') ? host : host[..port];
-        return name.Contains('.', StringComparison.Ordinal) && !IPAddress.TryParse(name, out _)
-            && !name.EndsWith(".localhost", StringComparison.OrdinalIgnoreCase);
-    }
-
-    /// <summary>Returns the status.</summary>
-    private string Write(LogText body, string target, ref string type)
-    {
-        string[] parts = target.Split('?');
-        switch (parts[0])
-        {
-            case "/":
-                type = "text/html";
-                body.Append(StatsPage.Html);
-                return "200 OK";
-            case "/stats.json":
-                type = "application/json";
-                new StatsPage(proxy, log, body, parts.Length > 1 ? parts[1].Split('&') : []).WriteJson(_samples);
-                return "200 OK";
-            case "/metrics":
-                type = "text/plain; version=0.0.4";
-                new StatsPage(proxy, log, body).WriteMetrics();
-                return "200 OK";
-            case "/healthz":
-                string? illness = StatsPage.Illness(proxy, proxy.Look());
-                body.Append($"{illness ?? "ok"}\n");
-                return illness is null ? "200 OK" : "503 Service Unavailable";
-            default:
-                return "404 Not Found";
-        }
-    }
-}
-
-/// <summary>What the pages of <see cref="StatsServer"/> say.</summary>
-internal sealed class StatsPage
-{
-    private const int MostSessions = 50;
-
-    private readonly IObserved _proxy;
-    private readonly Log _log;
-    private readonly LogText _text;
-    private readonly string[] _query;
-    private readonly Totals _totals;
-
-    /// <summary>The query is for JSON: since=N is the first sample that is wanted, sessions=new asks for the youngest.</summary>
-    internal StatsPage(IObserved proxy, Log log, LogText text, params string[] query)
-    {
-        (_proxy, _log, _text, _query) = (proxy, log, text, query);
-        _totals = new Totals(proxy, MostSessions, Array.IndexOf(query, "sessions=new") >= 0);
-    }
-
-    /// <summary>Null when all is well.</summary>
-    internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
-        : routes.Find(route => route.IsInForce && !route.Servers.Exists(server => server.State == "up")) is { } route
-            ? $"route {Text.Escape(route.Title)} has no server up" : null;
-
-    // ---- JSON
-
-    internal void WriteJson(long samples)
-    {
-        const string Since = "since=";
-        string? since = Array.Find(_query, word => word.StartsWith(Since, StringComparison.Ordinal));
-        bool isKnown = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, null, out long wanted);
-        long first = isKnown ? Math.Min(wanted, samples) : 0;
-        first = Math.Max(first, samples - Series.Length);
-        string? illness = Illness(_proxy, _totals.Routes);
-        _text.Begin();
-        _text.Add("version", _proxy.Version);
-        _text.Add("pid", Environment.ProcessId);
-        _text.Add("started", Text.Of(_proxy.StartedAt));
-        _text.Add("now", Text.Of(DateTime.UtcNow));
-        _text.Add("uptime_s", (long)(DateTime.UtcNow - _proxy.StartedAt).TotalSeconds);
-        _text.Add("draining", _proxy.IsDraining);
-        _text.Add("health", illness ?? "ok");
-        _text.Add("resident_bytes", Usage.Resident);
-        _text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
-        _text.Add("log_dropped", _log.DroppedInAll);
-        _text.Add("interval_s", Series.Interval);
-        _text.Add("samples", samples);
-        _text.Add("current", _totals.Running);
-        _text.Open("[", "routes");
-        foreach (RouteStats route in _totals.Routes)
-        {
-            WriteRoute(route, first, samples);
-        }
-
-        _text.Close("]");
-        _text.Open("[", "sessions");
-        WriteSessions();
-        _text.Close("]");
-        _text.End();
-    }
-
-    private void WriteRoute(RouteStats route, long first, long samples)
-    {
-        _text.Open("{");
-        WriteCounters(route);
-        _text.Add("in_force", route.IsInForce);
-        _text.Add("refused", route.Refused);
-        _text.Add("queued", route.Queued);
-        WriteHistogram("connect_time", route.ConnectTime);
-        WriteHistogram("duration", route.Duration);
-        _text.Open("[", "ends");
-        foreach (EndCount end in route.Ends)
-        {
-            _text.Open("{");
-            _text.Add("end", end.Code);
-            _text.Add("reason", end.Words);
-            _text.Add("count", Volatile.Read(ref end.Count));
-            _text.Add("recent", end.Recent?.Sum() ?? 0);
-            _text.Close("}");
-        }
-
-        _text.Close("]");
-        _text.Open("[", "servers");
-        foreach (ServerStats server in route.Servers)
-        {
-            WriteServer(server);
-        }
-
-        _text.Close("]");
-        _text.Open("{", "history");
-        for (int i = 0; i < route.History.Length; i++)
-        {
-            _text.Open("[", RouteStats.HistoryKeys[i]);
-            for (long sample = first; sample < samples; sample++)
-            {
-                _text.Add(route.History[i][sample]);
-            }
-
-            _text.Close("]");
-        }
-
-        _text.Close("}");
-        _text.Close("}");
-    }
-
-    private void WriteCounters(Counters counters)
-    {
-        _text.Add("name", counters.Name);
-        _text.Add("connections", counters.Connections);
-        _text.Add("current", counters.Current);
-        _text.Add("max_current", counters.Most);
-        _text.Add("limit", counters.MaxConnections);
-        _text.Add("bytes_up", counters.BytesUp);
-        _text.Add("bytes_down", counters.BytesDown);
-        _text.Add("connect_failures", counters.ConnectFailures);
-        _text.Add("retries", counters.Retries);
-        _text.Add("client_resets", counters.ClientResets);
-        _text.Add("server_resets", counters.ServerResets);
-    }
-
-    private void WriteServer(ServerStats server)
-    {
-        _text.Open("{");
-        WriteCounters(server);
-        _text.Add("address", server.Address);
-        _text.Add("state", server.State);
-        _text.Add("since", Text.Of(server.Since));
-        _text.Add("downs", server.Downs);
-        _text.Add("weight", server.Weight);
-        _text.Add("backup", server.IsBackup);
-        _text.Add("check", server.Check);
-        _text.Add("last_failure", server.LastFailure);
-        _text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
-        _text.Add("connect_time_us", server.ConnectMicroseconds);
-        _text.Close("}");
-    }
-
-    private void WriteHistogram(string name, Histogram histogram)
-    {
-        _text.Open("{", name);
-        _text.Open("[", "le_us");
-        Array.ForEach(histogram.Bounds, _text.Add);
-        _text.Close("]");
-        _text.Open("[", "counts");
-        for (int i = 0; i <= histogram.Bounds.Length; i++)
-        {
-            _text.Add(histogram.CountAt(i));
-        }
-
-        _text.Close("]");
-        _text.Add("sum_us", histogram.Sum);
-        _text.Close("}");
-    }
-
-    private void WriteSessions()
-    {
-        foreach (ISession session in _totals.Sessions)
-        {
-            _text.Open("{");
-            _text.Add("id", $"0x{session.Line.Id:x}"); // as control calls it
-            _text.Add("route", session.Line.RouteStats.Name);
-            _text.Add("client", Text.Of(session.Line.Client));
-            _text.Add("server", session.Line.ServerStats?.Title ?? "-");
-            _text.Add("address", Text.Of(session.Line.Address));
-            _text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
-            _text.Add("bytes_up", session.BytesUp);
-            _text.Add("bytes_down", session.BytesDown);
-            _text.Close("}");
-        }
-    }
-
-    // ---- Prometheus, text format 0.0.4
-
-    internal void WriteMetrics()
-    {
-        OfRoutes("frontend_connections_total", "Connections accepted.", route => route.Connections);
-        OfRoutes("frontend_current_sessions", "Connections now.", route => route.Current);
-        OfRoutes("frontend_max_sessions", "Most connections at once so far.", route => route.Most);
-        OfRoutes("frontend_limit_sessions", "Most connections allowed; 0 is any number.", route => route.MaxConnections);
-        OfRoutes("frontend_denied_connections_total", "Connections refused by access rules, limits, rates or full queues.",
-            route => route.Refused);
-        OfRoutes("frontend_bytes_in_total", "Bytes received from clients.", route => route.BytesUp);
-        OfRoutes("frontend_bytes_out_total", "Bytes sent to clients.", route => route.BytesDown);
-        Family("frontend_ends_total", "Connections ended, by HAProxy's two letters and reason.");
-        foreach (RouteStats route in _totals.Routes)
-        {
-            foreach (EndCount end in route.Ends)
-            {
-                Sample("frontend_ends_total", $"{Label(route)},end={Quote(end.Code)},reason={Quote(end.Words)}",
-                    Text.Of(end.Count));
-            }
-        }
-
-        OfHistograms("frontend_session_duration_seconds", "How long connections with a server lasted.", route => route.Duration);
-        OfHistograms("backend_connect_time_seconds", "How long connecting to servers took.", route => route.ConnectTime);
-        OfRoutes("backend_current_queue", "Clients waiting for room.", route => route.Queued);
-        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.",
-            route => route.ConnectFailures);
-        OfRoutes("backend_retry_warnings_total", "Connects tried again at another server.", route => route.Retries);
-        OfRoutes("backend_client_aborts_total", "Connections reset by clients.", route => route.ClientResets);
-        OfRoutes("backend_server_aborts_total", "Connections reset by servers.", route => route.ServerResets);
-        OfRoutes("backend_active_servers", "Servers that take connections.",
-            route => route.Servers.FindAll(server => server.State == "up").Count);
-
-        Family("server_status", "1 for the state that the server is in, 0 for the others.");
-        string[] states = ["up", "down", "drain", "maint"];
-        EachServer(server => Array.ForEach(states, state =>
-            Sample("server_status", $"{Label(server)},state=\"{state}\"", server.State == state ? "1" : "0")));
-        Family("server_last_change_timestamp_seconds", "When the server came up or went down, since the epoch.");
-        EachServer(server => Sample("server_last_change_timestamp_seconds", Label(server), Epoch(server.Since)));
-        OfServers("server_weight", "Share of the connections.", server => server.Weight);
-        OfServers("server_current_sessions", "Connections now.", server => server.Current);
-        OfServers("server_max_sessions", "Most connections at once so far.", server => server.Most);
-        OfServers("server_limit_sessions", "Most connections allowed; 0 is any number.", server => server.MaxConnections);
-        OfServers("server_sessions_total", "Connections made.", server => server.Connections);
-        OfServers("server_bytes_in_total", "Bytes of clients for the server.", server => server.BytesUp);
-        OfServers("server_bytes_out_total", "Bytes of the server for clients.", server => server.BytesDown);
-        OfServers("server_connection_errors_total", "Connects that failed.", server => server.ConnectFailures);
-        OfServers("server_retry_warnings_total", "Failed connects after which another server was tried.",
-            server => server.Retries);
-        OfServers("server_client_aborts_total", "Connections reset by clients.", server => server.ClientResets);
-        OfServers("server_server_aborts_total", "Connections reset by the server.", server => server.ServerResets);
-        OfServers("server_check_up_down_total", "How often the server went down.", server => server.Downs);
-        Family("server_connect_time_seconds", "How long connecting to the server took.", "summary");
-        EachServer(server =>
-        {
-            Sample("server_connect_time_seconds_sum", Label(server), Seconds(server.ConnectMicroseconds));
-            Sample("server_connect_time_seconds_count", Label(server), Text.Of(server.Connections));
-        });
-
-        Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
-        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
-        Single("process_cpu_seconds_total", "Processor time.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
-        Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
-        Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
-        Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
-        Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
-        Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(_log.DroppedInAll));
-    }
-
-    private void Family(string name, string help, string? type = null)
-    {
-        type ??= name.EndsWith("_total", StringComparison.Ordinal) ? "counter" : "gauge";
-        _text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
-    }
-
-    private void Sample(string name, string labels, string value) =>
-        _text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
-
-    private void Single(string name, string help, string value, string labels = "")
-    {
-        Family(name, help);
-        Sample(name, labels, value);
-    }
-
-    private void Known(string name, string help, long value)
-    {
-        if (value > 0)
-        {
-            Single(name, help, Text.Of(value));
-        }
-    }
-
-    private void OfRoutes(string name, string help, Func<RouteStats, long> value)
-    {
-        Family(name, help);
-        _totals.Routes.ForEach(route => Sample(name, Label(route), Text.Of(value(route))));
-    }
-
-    private void EachServer(Action<ServerStats> action) => _totals.Routes.ForEach(route => route.Servers.ForEach(action));
-
-    private void OfServers(string name, string help, Func<ServerStats, long> value)
-    {
-        Family(name, help);
-        EachServer(server => Sample(name, Label(server), Text.Of(value(server))));
-    }
-
-    private void OfHistograms(string name, string help, Func<RouteStats, Histogram> of)
-    {
-        Family(name, help, "histogram");
-        foreach (RouteStats route in _totals.Routes)
-        {
-            Histogram histogram = of(route);
-            long sum = histogram.Sum;
-            long count = 0;
-            for (int i = 0; i <= histogram.Bounds.Length; i++)
-            {
-                count += histogram.CountAt(i);
-                string bound = i < histogram.Bounds.Length ? Seconds(histogram.Bounds[i]) : "+Inf";
-                Sample($"{name}_bucket", $"{Label(route)},le=\"{bound}\"", Text.Of(count));
-            }
-
-            Sample($"{name}_sum", Label(route), Seconds(sum));
-            Sample($"{name}_count", Label(route), Text.Of(count));
-        }
-    }
-
-    private static string Label(RouteStats route) => $"route={Quote(route.Name)}";
-
-    private static string Label(ServerStats server) => $"{Label(server.RouteStats)},server={Quote(server.Name)}";
-
-    /// <summary>The format knows these three escapes and no other.</summary>
-    private static string Quote(string value) => $"\"{value.Replace("\\", "\\\\", StringComparison.Ordinal)
-        .Replace("\"", "\\\"", StringComparison.Ordinal).Replace("\n", "\\n", StringComparison.Ordinal)}\"";
-
-    private static string Epoch(DateTime utc) => Seconds((utc.Ticks - DateTime.UnixEpoch.Ticks) / TimeSpan.TicksPerMicrosecond);
-
-    /// <summary>Microseconds as seconds.</summary>
-    private static string Seconds(long time) =>
-        $"{Text.Of(time / 1_000_000)}.{Text.Of(time % 1_000_000).PadLeft(6, '0')}".TrimEnd('0').TrimEnd('.');
-
-    // ---- the page
-
-    internal static ReadOnlySpan<byte> Html => """
-<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tcpproxy</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none'
- stroke='%233b6fe0' stroke-width='2'><path d='M2 5h10l-3-3m5 9H4l3 3'/></svg>">
-<style>
-:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1b2330; --dim: #68717f; --line: #e6e9ee; --soft: #f2f4f7;
-  --up: #d9822b; --down: #2f6fde; --now: #7a5cc9; --good: #1c9a5b; --warn: #b97d00; --bad: #d0383b }
-@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161b22; --ink: #e3e8ef; --dim: #8a94a3; --line: #252c36;
-  --soft: #1c222b; --up: #f0a04b; --down: #6aa0ff; --now: #a78bfa; --good: #3fb977; --warn: #e0a83a; --bad: #f26d6d } }
-* { box-sizing: border-box; margin: 0 }
-body { background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-  max-width: 1180px; margin: auto; padding: 20px }
-b { font-weight: 600 }
-header, h2, .facts, .legend { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px }
-header { margin-bottom: 16px }
-h1 { font-size: 20px; font-weight: 650; letter-spacing: -.02em }
-h2 { font-size: 15px; font-weight: 650; overflow-wrap: anywhere }
-h3 { font-size: 12px; font-weight: 600; color: var(--dim); margin: 0 0 4px }
-.dim, .facts, .legend, th { color: var(--dim); font-weight: 400; font-size: 12px }
-.facts { margin-left: auto } .facts b { color: var(--ink) }
-.pill { border-radius: 99px; padding: 1px 10px; font-size: 12px; font-weight: 600; color: var(--c);
-  background: color-mix(in srgb, var(--c) 14%, transparent) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin-bottom: 12px;
-  min-width: 0 }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px } .tiles + * { margin-top: 12px }
-.tile { padding: 12px 0 0; overflow: hidden; margin: 0 } .tile > div { padding: 0 16px }
-.tile strong { font-size: 22px; font-weight: 650; letter-spacing: -.02em }
-.cols { display: grid; grid-template-columns: 2fr 1fr 1fr; gap: 8px 24px; margin: 10px 0 }
-.main { display: grid; grid-template-columns: minmax(0, 1fr) 270px; gap: 16px 28px }
-svg { display: block; width: 100%; height: 56px; overflow: visible; border-bottom: 1px solid var(--line) }
-.tile svg { height: 44px; border: 0 }
-path { fill: none; stroke: var(--c); stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linejoin: round }
-.area { fill: var(--c); fill-opacity: .13; stroke: none } .mark { stroke: var(--dim); stroke-dasharray: 2 2 }
-.legend { margin-bottom: 4px; min-height: 18px } .legend > :last-child { margin-left: auto }
-.legend i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; background: var(--c); margin-right: 5px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 13px }
-th, td { text-align: right; white-space: nowrap; padding: 0 0 3px 12px; min-width: 62px } .l { text-align: left }
-td { padding: 4px 0 4px 12px; border-top: 1px solid var(--line) }
-td small { font-size: 12px; color: var(--dim); margin-left: 6px }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td:first-child { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis }
-.even td:first-child { width: auto; max-width: none }
-.dot { display: inline-block; width: 8px; height: 8px; border-radius: 50%; background: var(--c); margin-right: 8px }
-.end { display: flex; gap: 8px; font-size: 13px; align-items: baseline }
-.end code { color: var(--c); font: 600 12px ui-monospace, monospace; width: 18px }
-.end :nth-child(2) { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.bar { height: 4px; border-radius: 2px; background: var(--soft); margin: 2px 0 7px }
-.bar i { display: block; height: 4px; border-radius: 2px; background: var(--c); min-width: 2px }
-button { font: inherit; font-size: 12px; color: var(--dim); background: none; border: 0; border-radius: 6px; padding: 2px 8px;
-  cursor: pointer }
-button.on, button:hover { background: var(--soft); color: var(--ink) } .old main { opacity: .45 }
-.zero { color: var(--dim); opacity: .55 }
-@media (max-width: 760px) { body { padding: 12px } .card { padding: 12px } .tile { padding: 10px 0 0 } .wide { display: none }
-  .tiles { grid-template-columns: 1fr 1fr; gap: 8px } .main { grid-template-columns: minmax(0, 1fr) } .facts { margin-left: 0 }
-  .cols { grid-template-columns: 1fr 1fr } .cols > :first-child { grid-column: span 2 } th, td { min-width: 0 } }
-</style>
-<header></header>
-<main><noscript>This page draws itself. The same numbers: <a href="stats.json">stats.json</a>, <a href="metrics">metrics</a>.
-</noscript></main>
-<script>
-'use strict'
-const KEEP = 150 // samples
-const $ = (tag, attributes = {}, ...children) => { // names are anybody's: they go in as text, never as markup
-  const e = tag[0] == '-' ? document.createElementNS('http://www.w3.org/2000/svg', tag.slice(1)) : document.createElement(tag)
-  for (const key in attributes) key == 'click' ? e.onclick = attributes[key] : e.setAttribute(key, attributes[key])
-  e.append(...children.flat().filter(child => child != null))
-  return e
-}
-const color = name => ({ style: `--c: var(--${name})` })
-
-// ---- numbers as text
-const scale = (n, units) => {
-  let i = 0
-  for (; n >= 999.5 && i < units.length - 1; i++) n /= 1000
-  return n.toFixed(n >= 100 || n % 1 == 0 && !i ? 0 : 1) + units[i]
-}
-const count = n => n >= 1e5 ? scale(n, ['', ' k', ' M', ' G']) : n % 1 ? n.toFixed(1) : n.toLocaleString('en')
-const bytes = n => scale(n, [' B', ' kB', ' MB', ' GB', ' TB', ' PB'])
-const rate = n => bytes(n) + '/s', perSecond = n => count(n) + '/s'
-const span = s => s < 10 ? `${+s.toFixed(1)} s` : s < 60 ? `${s | 0} s` : s < 3600 ? `${s / 60 | 0} m ${s % 60 | 0} s`
-  : s < 86400 ? `${s / 3600 | 0} h ${s / 60 % 60 | 0} m` : `${s / 86400 | 0} d ${s / 3600 % 24 | 0} h`
-const cell = (n, text = count) => $('span', n ? {} : { class: 'zero' }, n ? text(n) : '0')
-const last = list => list[list.length - 1] ?? 0
-
-// ---- parts of the page
-function graph(text, ...lines) { // of [name, color, values], all on one scale from 0, the newest on the right
-  const top = Math.max(...lines.flatMap(line => line[2]), 1e-9)
-  const svg = $('-svg', { viewBox: `0 0 ${KEEP - 1} 30`, preserveAspectRatio: 'none' })
-  for (const [, hue, values] of lines) {
-    const from = KEEP - values.length
-    const path = values.map((v, i) => `${from + i} ${(30 - v / top * 28).toFixed(2)}`).join('L')
-    if (path) svg.append($('-path', { class: 'area', d: `M${from} 30L${path}L${KEEP - 1} 30`, ...color(hue) }),
-      $('-path', { d: 'M' + path, ...color(hue) }))
-  }
-  svg.lines = lines
-  svg.text = text
-  svg.caption = $('div', { class: 'legend' }, lines.map(([name, hue, values]) =>
-    $('span', {}, $('i', color(hue)), name, ' ', $('b', {}, text(last(values))))),
-    $('span', {}, `max ${text(top < 1e-6 ? 0 : top)}`, $('span', { class: 'wide' }, ' in 5 min')))
-  return svg
-}
-function tile(title, text, hue, values) {
-  const svg = graph(text, ['', hue, values])
-  svg.caption = $('h3', {}, title)
-  return $('div', { class: 'card tile' }, $('div', {}, svg.caption, $('strong', {}, text(last(values)))), svg)
-}
-const facts = (...pairs) => $('span', { class: 'facts' },
-  pairs.filter(Boolean).map(([n, what]) => $('span', {}, $('b', {}, n), ' ', what)))
-const table = (heads, rows, style = '') => $('div', { class: 'scroll' }, $('table', { class: style },
-  $('tr', {}, heads.map(([title, kind = '']) => $('th', { class: kind }, title))),
-  rows.map(cells => $('tr', {}, cells.map((content, i) => $('td', { class: heads[i][1] ?? '' }, content ?? ''))))))
-
-const FEW = 12, opened = new Set
-function servers(route) {
-  const rank = { down: 0, drain: 1, maint: 1, up: 2 }, hue = { up: 'good', down: 'bad', drain: 'warn', maint: 'now' }
-  const isOpen = opened.has(route.name), all = [...route.servers]
-  if (all.length > FEW && !isOpen) all.sort((a, b) => rank[a.state] - rank[b.state] || b.current - a.current)
-  const row = s => {
-    const why = s.check && s.check != 'passed' ? s.check : s.last_failure
-    const note = s.state == 'up' ? s.backup ? 'backup' : '' : s.state + (s.state == 'down' && why ? ` · ${why}` : '')
-    const title = `${s.address}, ${s.state} since ${s.since}` + (s.check && `; check: ${s.check}`)
-      + (s.last_failure && `; last failure: ${s.last_failure} ${s.last_failed}`)
-    return [$('span', { title }, $('i', { class: 'dot', ...color(hue[s.state]) }), s.name, $('small', {}, note)), cell(s.current),
-      cell(s.connections), cell(s.bytes_up, bytes), cell(s.bytes_down, bytes),
-      cell(s.connections && s.connect_time_us / s.connections, us => `${(us / 1000).toFixed(1)} ms`),
-      cell(s.connect_failures), s.weight]
-  }
-  const heads = [['server'], ['now'], ['total'], ['↑', 'wide'], ['↓'], ['connect', 'wide'], ['failed'], ['weight', 'wide']]
-  return $('div', {}, table(heads, (isOpen ? all : all.slice(0, FEW)).map(row)), all.length > FEW ? $('button', {
-      click: () => { isOpen ? opened.delete(route.name) : opened.add(route.name); render() } },
-      isOpen ? 'fewer' : `all ${all.length} servers`) : null)
-}
-function ends(route) {
-  const hue = ([who]) => ({ '-': 'good', S: 'bad', I: 'bad', R: 'bad', P: 'now', K: 'dim' })[who] ?? 'warn'
-  const list = route.ends.filter(e => e.count).sort((a, b) => b.recent - a.recent || b.count - a.count).slice(0, 8)
-  const most = Math.max(1, ...list.map(e => e.recent))
-  return $('div', {}, $('h3', {}, 'ends, last 5 minutes'), list.length ? list.map(e =>
-    $('div', { title: `${e.count} since the start`, ...color(hue(e.end)) },
-      $('div', { class: 'end' }, $('code', {}, e.end), $('span', {}, e.reason), cell(e.recent)),
-      $('div', { class: 'bar' }, e.recent ? $('i', { style: `width: ${e.recent / most * 100}%` }) : null)))
-    : $('span', { class: 'dim' }, 'none yet'))
-}
-function card(route, h) {
-  const graphs = [graph(rate, ['↑ from clients', 'up', h.bytes_up], ['↓ to clients', 'down', h.bytes_down]),
-    graph(count, ['open', 'now', h.current]), graph(perSecond, ['new', 'good', h.connections])]
-  const all = route.servers.length, up = route.servers.filter(s => s.state == 'up').length
-  return $('section', { class: 'card' }, $('h2', {}, route.name,
-    $('span', { class: 'pill', ...color(up == all ? 'good' : up ? 'warn' : 'bad') },
-      route.in_force ? `${up} of ${all} up` : 'removed, these are its last connections'),
-    facts([count(route.current), route.limit ? `of ${count(route.limit)} now` : 'now'], [count(route.max_current), 'max'],
-      [count(route.connections), 'total'], [bytes(route.bytes_up), '↑'], [bytes(route.bytes_down), '↓'],
-      route.queued && [count(route.queued), 'queued'], route.refused && [count(route.refused), 'refused'],
-      route.connect_failures && [count(route.connect_failures), 'failed connects'])),
-    $('div', { class: 'cols' }, graphs.map(svg => $('div', {}, svg.caption, svg))),
-    $('div', { class: 'main' }, servers(route), ends(route)))
-}
-function sessions(s) {
-  const many = s.routes.length > 1, orders = { bytes: 'most bytes', new: 'newest' }
-  return $('section', { class: 'card' }, $('h2', {}, 'sessions', $('span', {}, Object.keys(orders).map(o =>
-    $('button', { class: o == order ? 'on' : '', click: () => { order = o; poll() } }, orders[o]))),
-    facts([count(s.sessions.length), `of ${count(s.current)}`])),
-    table([['client'], [many ? 'route' : '', 'l wide'], ['server', 'l'], ['age'], ['↑'], ['↓']], s.sessions.map(one =>
-      [one.client, many ? one.route : '', one.server, span(one.age_ms / 1000), cell(one.bytes_up, bytes),
-        cell(one.bytes_down, bytes)]), 'even'))
-}
-
-// ---- life
-let shown, history = {}, samples = 0, order = 'bytes', lost = 0, busy = false, pointer
-function render() {
-  if (!shown || !getSelection().isCollapsed) return // somebody is copying
-  const s = shown, y = scrollY
-  const focus = document.activeElement.tagName == 'BUTTON' && document.activeElement.textContent
-  const sum = key => {
-    const all = s.routes.map(r => history[r.name][key]), length = Math.max(1, ...all.map(v => v.length))
-    return [...Array(length).keys()].map(i => all.reduce((n, v) => n + (v[v.length - length + i] ?? 0), 0))
-  }
-  document.body.className = lost ? 'old' : ''
-  document.querySelector('header').replaceChildren($('h1', {}, 'tcpproxy'),
-    $('span', { class: 'pill', ...color(lost || s.health != 'ok' ? 'bad' : 'good') },
-      lost ? `no answer since ${new Date(lost).toLocaleTimeString()}` : s.health == 'ok' ? 'healthy' : s.health),
-    facts([span(s.uptime_s), 'up'], [bytes(s.resident_bytes), 'memory'], [span(s.cpu_ms / 1000), 'processor'],
-      s.log_dropped && [count(s.log_dropped), 'log lines dropped'], ['version', s.version]))
-  document.querySelector('main').replaceChildren($('div', { class: 'tiles' },
-    tile('connections', count, 'now', sum('current')), tile('new connections', perSecond, 'good', sum('connections')),
-    tile('↑ from clients', rate, 'up', sum('bytes_up')), tile('↓ to clients', rate, 'down', sum('bytes_down'))),
-    ...s.routes.map(r => card(r, history[r.name])), sessions(s))
-  scrollTo(0, y)
-  if (focus) [...document.querySelectorAll('button')].find(b => b.textContent == focus)?.focus()
-  hover()
-}
-function hover() { // what a graph showed at the pointer's place
-  const svg = pointer && document.elementFromPoint(...pointer)?.closest('svg')
-  if (!svg?.lines) return
-  const box = svg.getBoundingClientRect(), i = Math.round((pointer[0] - box.left) / box.width * (KEEP - 1))
-  svg.querySelector('.mark')?.remove()
-  svg.append($('-path', { class: 'mark', d: `M${i} 0V30` }))
-  const said = svg.lines.map(([name, , v]) => `${name} ${i < KEEP - v.length ? '–' : svg.text(v[v.length - KEEP + i])}`)
-  svg.caption.textContent = `${said.join('  ').trim()}, ${span((KEEP - 1 - i) * shown.interval_s)} ago`
-}
-async function poll() {
-  if (busy) return
-  busy = true
-  try {
-    const answer = await fetch(`stats.json?since=${samples}&sessions=${order}`, { signal: AbortSignal.timeout(8000) })
-    const s = await answer.json(), old = shown && shown.started != s.started ? null : history
-    if (old) {
-      history = {}
-      for (const route of s.routes) {
-        const h = history[route.name] = {}
-        for (const key in route.history) h[key] = [...old[route.name]?.[key] ?? [],
-          ...route.history[key].map(n => key == 'current' ? n : n / s.interval_s)].slice(-KEEP)
-      }
-      [shown, samples, lost] = [s, s.samples, 0]
-    } else [shown, history, samples] = [null, {}, 0] // it is another process now: from the beginning
-  } catch {
-    lost ||= Date.now()
-  }
-  busy = false
-  render()
-}
-onpointermove = e => { pointer = [e.clientX, e.clientY]; hover() }
-setInterval(document.onvisibilitychange = () => document.hidden || poll(), 2000)
-poll()
-</script></html>
-"""u8;
-}
-
-// ---- control
-
-/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
-/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
-internal sealed class ControlServer(Func<string[], string> answer, Log log)
-{
-    private const int MostClients = 16;
-    private const int LongestLine = 16 << 10; // bytes
-    private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
-    private const int Slowest = 10_000; // ms
-    private const int Idle = 60_000; // ms
-
-    private int _clients;
-
-    /// <summary>The socket is ours from here on.</summary>
-    internal void Accepted(Socket client)
-    {
-        if (Interlocked.Increment(ref _clients) <= MostClients)
-        {
-            _ = Task.Run(() => ServeAsync(client));
-            return;
-        }
-
-        Interlocked.Decrement(ref _clients);
-        client.Dispose();
-    }
-
-    private async Task ServeAsync(Socket client)
-    {
-        try
-        {
-            using CancellationTokenSource time = new();
-            byte[] bytes = new byte[LongestLine];
-            Conduct conduct = new();
-            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
-            {
-                time.CancelAfter(Idle);
-                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
-                length += received;
-                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
-                if (end == 0 && length == LongestLine)
-                {
-                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
-                    return;
-                }
-
-                if (end > 0)
-                {
-                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
-                }
-
-                bytes.AsSpan(end, length - end).CopyTo(bytes);
-                length -= end;
-            }
-        }
-        catch (Exception e) when (e is SocketException or OperationCanceledException)
-        {
-            // it has left, or is too slow
-        }
-#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
-        catch (Exception e)
-#pragma warning restore CA1031
-        {
-            log.Event(LogLevel.Error, "internal-error", e.ToString());
-        }
-        finally
-        {
-            client.Dispose();
-            Interlocked.Decrement(ref _clients);
-        }
-    }
-
-    /// <summary>One command after the other, so that there is never more than one answer in memory.</summary>
-    private async Task AnswerAsync(Socket client, string lines, Conduct conduct, CancellationTokenSource time)
-    {
-        foreach (string command in lines.TrimEnd('\n').Split('\n', ';'))
-        {
-            if (!conduct.HasQuit)
-            {
-                await Task.Yield(); // no event loop waits for an answer (rule 6)
-                await SendAsync(client, Answer(command, conduct), time);
-            }
-        }
-
-        conduct.IsOver = conduct.HasQuit || !conduct.IsPrompting;
-    }
-
-    private static async Task SendAsync(Socket client, string text, CancellationTokenSource time)
-    {
-        byte[] bytes = Encoding.UTF8.GetBytes(text);
-        for (int start = 0; start < bytes.Length; start += Chunk)
-        {
-            time.CancelAfter(Slowest);
-            await client.SendAsync(bytes.AsMemory(start, Math.Min(Chunk, bytes.Length - start)), SocketFlags.None, time.Token);
-        }
-    }
-
-    private string Answer(string command, Conduct conduct)
-    {
-        string text;
-        try
-        {
-            string[] words = Text.Words(command);
-            text = words.Length == 0 ? "" : conduct.Take(words) ?? answer(words);
-            if (conduct.HasQuit || (words.Length == 0 && !conduct.IsPrompting))
-            {
-                return "";
-            }
-        }
-        catch (FormatException e)
-        {
-            text = conduct.Mark + e.Message;
-        }
-
-        return text + (text.Length > 0 && text[^1] != '\n' ? "\n\n" : "\n") + (conduct.IsPrompting ? "> " : "");
-    }
-
-    /// <summary>What a client has said about its connection.</summary>
-    private sealed class Conduct
-    {
-        internal bool HasQuit { get; private set; }
-        internal bool IsOver { get; set; }
-        internal bool IsPrompting { get; private set; }
-        internal string Mark { get; private set; } = ""; // in front of an error, for programs
-
-        /// <summary>The answer; null to any other command.</summary>
-        internal string? Take(string[] words)
-        {
-            bool isSeverity = words is ["set", "severity-output", ..];
-            HasQuit = words[0] == "quit";
-            IsPrompting ^= words[0] == "prompt";
-            Mark = !isSeverity ? Mark : words is not [_, _, "none" or "number" or "string"]
-                ? throw new FormatException("one of 'none', 'number', 'string' is a required argument")
-                : words[2] switch { "none" => "", "number" => "[3]: ", _ => "[err]: " };
-            return isSeverity || words[0] is "quit" or "prompt" ? "" : null;
-        }
-    }
-}
-
-/// <summary>--ctl</summary>
-internal static class ControlClient
-{
-    /// <summary>The answer without its last, empty line; and whether something in it is an error.</summary>
-    /// <exception cref="IOException">there is none</exception>
-    internal static (string Text, bool IsError) Ask(string path, string command, TimeSpan patience)
-    {
-        try
-        {
-            using Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-            socket.ReceiveTimeout = socket.SendTimeout = (int)patience.TotalMilliseconds;
-            socket.Connect(new UnixDomainSocketEndPoint(path));
-            socket.Send(Encoding.UTF8.GetBytes($"set severity-output number;{command}\n"));
-            using MemoryStream answer = new();
-            byte[] bytes = new byte[64 << 10];
-            for (int received; (received = socket.Receive(bytes)) > 0;)
-            {
-                answer.Write(bytes, 0, received);
-            }
-
-            return Read(Encoding.UTF8.GetString(answer.ToArray()));
-        }
-        catch (SocketException e)
-        {
-            throw new IOException($"--ctl: {path}: {(!File.Exists(path) ? "no such file or directory"
-                : e.SocketErrorCode == SocketError.TimedOut ? "no answer in time" : Text.Reason(e))}");
-        }
-    }
-
-    /// <summary>[0] to [3] marks an error; a few of HAProxy's have no such mark.</summary>
-    private static (string Text, bool IsError) Read(string answer)
-    {
-        StringBuilder text = new();
-        bool isError = false;
-        bool isFirst = true; // of an answer
-        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
-        {
-            bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
-            string words = isMarked ? line[5..] : line;
-            isError |= (isMarked && line[1] <= '3') || (isFirst && (words == "Session not found."
-                || words.StartsWith("Unknown command", StringComparison.Ordinal)));
-            text.Append(words).Append('\n');
-            isFirst = line.Length == 0;
-        }
-
-        return (text.Length > 1 ? text.ToString() : "", isError);
-    }
-}
-
-/// <summary>Who has started us and wants to know how we are: systemd, or whoever else sets NOTIFY_SOCKET (sd_notify(3)). Where
-/// WATCHDOG_USEC is set as well we say that we live, twice in that time: the sweep rings in every event loop, and the loop that
-/// answers last sends the message, so that one which hangs holds it back. The log, the name look-ups and the thread pool may
-/// hang without that.</summary>
-internal sealed class Supervisor : Watched
-{
-    private const int StatusPause = 5000; // ms at least between two of them
-
-    private readonly string? _path; // null = nobody wants to know
-    private readonly Func<string> _status;
-    private readonly byte[] _sound = new byte[1];
-    private readonly List<Socket> _ropes = []; // one for each event loop
-    private string _told = "";
-    private long _statusDue;
-    private long _ringDue;
-    private int _silent; // loops that have been rung and have not answered
-
-    internal Supervisor(Func<string> status)
-    {
-        _status = status;
-        string? path = Take("NOTIFY_SOCKET");
-        _path = path?.Length is > 1 and <= 107 && path[0] is '/' or '@' ? path : null; // as in sun_path of unix(7)
-        bool isOurs = Take("WATCHDOG_PID") is not { } process || process == Text.Of(Environment.ProcessId);
-        Bound = long.TryParse(Take("WATCHDOG_USEC"), NumberStyles.None, CultureInfo.InvariantCulture, out long time)
-            && isOurs && _path is not null ? TimeSpan.FromMilliseconds(time / 2000) : TimeSpan.Zero;
-
-        // it is meant for us, and not for our children
-        static string? Take(string name)
-        {
-            string? value = Environment.GetEnvironmentVariable(name);
-            Environment.SetEnvironmentVariable(name, null);
-            return value;
-        }
-    }
-
-    /// <summary>How often we say that we live; zero is never.</summary>
-    internal TimeSpan Bound { get; }
-
-    /// <summary>Before other sockets have waited for anything: the runtime gives them to its loops in turn.</summary>
-    internal void Start()
-    {
-        for (int i = Bound > TimeSpan.Zero ? EventLoop.Count : 0; i > 0 && SocketPair.Open() is { } pair; i--)
-        {
-            _ropes.Add(pair.Second);
-            _ = AnswerAsync(pair.First);
-        }
-
-        if (_path is not null)
-        {
-            Sweep.Add(this);
-        }
-    }
-
-    internal void Ready() => Tell($"READY=1\nMAINPID={Text.Of(Environment.ProcessId)}\nSTATUS={_told = _status()}");
-
-    internal void Reloading() =>
-        Tell($"RELOADING=1\nMONOTONIC_USEC={Text.Of((long)Stopwatch.GetElapsedTime(0).TotalMicroseconds)}");
-
-    internal void Stopping() => Tell("STOPPING=1\nSTATUS=draining");
-
-    internal override bool Check(long now)
-    {
-        if (now >= _statusDue)
-        {
-            _statusDue = now + StatusPause;
-            string status = _status();
-            if (status != _told)
-            {
-                Tell($"STATUS={_told = status}", isPatient: false);
-            }
-        }
-
-        if (Bound > TimeSpan.Zero && now >= _ringDue && Volatile.Read(ref _silent) == 0)
-        {
-            _ringDue = now + (long)(Bound.TotalMilliseconds * 3 / 4); // the sweep may come a quarter late
-            _silent = _ropes.Count;
-            _ropes.ForEach(rope => rope.Send(_sound));
-            Answered(0);
-        }
-
-        return false;
-    }
-
-    internal override void Stop()
-    {
-    }
-
-    private async Task AnswerAsync(Socket ear)
-    {
-        byte[] heard = new byte[1];
-        while (await ear.ReceiveAsync(heard.AsMemory(), SocketFlags.None) > 0)
-        {
-            Answered(1);
-        }
-    }
-
-    private void Answered(int loops)
-    {
-        if (Interlocked.Add(ref _silent, -loops) == 0 && (loops > 0 || _ropes.Count == 0))
-        {
-            Tell("WATCHDOG=1", isPatient: false);
-        }
-    }
-
-    /// <summary>A patient one waits a while for a receiver who is behind: its message is not sent again.</summary>
-    private void Tell(string message, bool isPatient = true)
-    {
-        try
-        {
-            if (_path is not null)
-            {
-                using Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
-                (socket.Blocking, socket.SendTimeout) = (isPatient, 2000);
-                socket.SendTo(
-                    Encoding.UTF8.GetBytes(message), new UnixDomainSocketEndPoint(_path[0] == '@' ? $"\0{_path[1..]}" : _path));
-            }
-        }
-        catch (SocketException)
-        {
-            // nobody is there any more, or out of descriptors just now
-        }
-    }
-}
-
-// == 13  PLATFORM ===================================================================================================
+// == 14  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
 // missing, the portable path serves.

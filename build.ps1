@@ -79,7 +79,7 @@ function Publish([string] $file, [string[]] $properties) {
 function Show-Size([string] $file) {
     $bytes = (Get-Item $file).Length
     $over = ''
-    if ($bytes -gt 2.6e6) { $over = ', warning: more than 2.6 MB' }
+    if ($bytes -gt 2.9e6) { $over = ', warning: more than 2.9 MB' }
     Say ([string]::Format([cultureinfo]::InvariantCulture, '{0}: {1:0.00} MB{2}', $file, $bytes / 1e6, $over))
 }
 

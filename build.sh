@@ -122,9 +122,9 @@ size() { # FILE LIMIT-IN-MB
 
 # What is built: linked how, to which file, of which size at most.
 case ${TCPPROXY_LINK:-${linux:+static}} in
-    static) wanted=static binary=$out/tcpproxy limit=3.6 ;;
-    dynamic) wanted=dynamic binary=$out/tcpproxy-dynamic limit=2.6 ;;
-    '') wanted=dynamic binary=$out/tcpproxy limit=2.6 ;; # macOS has no static executables
+    static) wanted=static binary=$out/tcpproxy limit=3.9 ;;
+    dynamic) wanted=dynamic binary=$out/tcpproxy-dynamic limit=2.9 ;;
+    '') wanted=dynamic binary=$out/tcpproxy limit=2.9 ;; # macOS has no static executables
     portable) wanted=portable binary=$out/portable/tcpproxy limit=0.1 ;;
     *) usage "TCPPROXY_LINK: '$TCPPROXY_LINK' is not 'static', 'dynamic' or 'portable'" ;;
 esac
@@ -321,12 +321,12 @@ dist_linux() {
         aarch64) here=arm64 there=x64 triple=x86_64-linux-gnu packages='gcc-x86-64-linux-gnu libc6-dev-amd64-cross' ;;
         *) die "dist: no known target for $(uname -m)" ;;
     esac
-    target linux-$here 3.6 $props
+    target linux-$here 3.9 $props
     # Crossing takes clang and lld, which serve every target alike, and the other machine's C library.
     targets=linux-$here
     if links clang --target=$triple -fuse-ld=lld -static-pie; then
         targets="linux-$here linux-$there"
-        target linux-$there 3.6 -r linux-$there -p:CppCompilerAndLinker=clang -p:LinkerFlavor=lld -p:StaticExecutable=true
+        target linux-$there 3.9 -r linux-$there -p:CppCompilerAndLinker=clang -p:LinkerFlavor=lld -p:StaticExecutable=true
     else
         say "linux-$there: not made: no cross toolchain; on Debian: apt-get install -y clang lld $packages"
     fi

@@ -37,6 +37,7 @@ public sealed class LogTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task HAProxy_says_the_same_of_the_same_conversations()
     {
+        const int Pace = 2000; // ms by which the same conversation may take longer on a busy machine
         string haproxy = Tool.Need("haproxy", "haproxy");
         Upstream upstream = Given.Server(AnswerLater);
         int refusing = Given.RefusingPort();
@@ -116,7 +117,7 @@ public sealed class LogTests : EndToEndTest
             {
                 Assert.True(their.Groups[field].Value.StartsWith('+') == my.Groups[field].Value.StartsWith('+'), both);
                 (int a, int b) = (Number(their, field), Number(my, field));
-                Assert.True((a < 0) == (b < 0) && Math.Abs(a - b) < 250, $"{field} of {both}");
+                Assert.True((a < 0) == (b < 0) && Math.Abs(a - b) < Pace, $"{field} of {both}");
             }
 
             Assert.True(which == "unix" || my.Groups["cp"].Value != "1", both);

@@ -54,6 +54,25 @@ public sealed class ShutdownTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Signals_that_come_while_the_process_ends_do_not_change_its_status()
+    {
+        for (int i = 0; i < 20; i++)
+        {
+            ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo");
+            await Wait.Apart(() =>
+            {
+                while (!proxy.HasExited)
+                {
+                    proxy.Signal(ProxyProcess.SigTerm);
+                }
+
+                return Task.CompletedTask;
+            }).Within("its end");
+            Assert.Equal(0, await proxy.Exit());
+        }
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Without_connections_it_ends_at_once()
     {
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo");

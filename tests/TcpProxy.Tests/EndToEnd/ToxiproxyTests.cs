@@ -125,7 +125,7 @@ public sealed class ToxiproxyTests : EndToEndTest
     /// <summary>A connection through us, and one through toxiproxy, with that toxic downstream.</summary>
     private async Task<(Line Ours, Line Theirs)> Both(string toxic, params (string Key, int Value)[] attributes)
     {
-        string server = Tool.Need("toxiproxy-server", "toxiproxy-server, where there is such a package");
+        string server = Tool.Need("toxiproxy-server", "golang, and go build -o toxiproxy-server ./cmd/server in a checkout of Shopify/toxiproxy");
         int port = Given.FreePorts(2);
         Tool.Background(Given, server, "-host", "127.0.0.1", "-port", port.ToString(CultureInfo.InvariantCulture));
         IPEndPoint at = new(IPAddress.Loopback, port + 1);
