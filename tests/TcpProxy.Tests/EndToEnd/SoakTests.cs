@@ -323,7 +323,7 @@ public sealed class SoakTests : EndToEndTest
         string[][] rows = [.. answer.Split('\n', StringSplitOptions.RemoveEmptyEntries).Select(line => line.Split(','))];
         string[][] routes = [.. rows.Where(row => row[1] == "FRONTEND")];
         Assert.Contains(routes, row => row[0] == "web");
-        return new[] { "scur", "stot", "bin", "bout" }.ToDictionary(
+        return new[] { "scur", "conn_tot", "bin", "bout" }.ToDictionary(
             name => name,
             name => routes.Sum(row => long.Parse(row[Array.IndexOf(rows[0], name)], CultureInfo.InvariantCulture)));
     }
@@ -359,7 +359,7 @@ public sealed class SoakTests : EndToEndTest
 
         TestContext.Current.TestOutputHelper?.WriteLine(
             $"clean {_clean}, {_cut} cut; rude {_rude}; crowding {_crowding}, {_served} served, {leftOut} left out of the log\n"
-            + $"log {all}; counters {counted["stot"]} connections, {counted["bin"]} up, {counted["bout"]} down\n"
+            + $"log {all}; counters {counted["conn_tot"]} connections, {counted["bin"]} up, {counted["bout"]} down\n"
             + $"events {string.Join(' ', events.Order())}");
         Assert.DoesNotContain("internal-error", events);
         Assert.Equal(_clean.ToString(), said["127.8"].ToString());
@@ -368,7 +368,7 @@ public sealed class SoakTests : EndToEndTest
         Assert.Equal(_rude, said["127.9"].Connections);
         Assert.Equal(_crowding, said["127.7"].Connections + leftOut);
         Assert.InRange(_served, 1, _crowding - 1);
-        Assert.Equal((all.Connections + leftOut, all.Up, all.Down), (counted["stot"], counted["bin"], counted["bout"]));
+        Assert.Equal((all.Connections + leftOut, all.Up, all.Down), (counted["conn_tot"], counted["bin"], counted["bout"]));
     }
 
     /// <summary>The least-squares line through what was resident, once the start is over.</summary>
