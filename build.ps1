@@ -3,11 +3,12 @@
 #   ./build.ps1                  build out\tcpproxy.exe
 #   ./build.ps1 try              the same, then send a line through it: client -> tcpproxy -> its built-in echo server
 #   ./build.ps1 run ARGS         run it, built first if the sources are newer
-#   ./build.ps1 test [FILTER]    run the tests, or those with FILTER in their class or method name
+#   ./build.ps1 test [FILTER...] run the tests, or those with a FILTER in their class or method name
 #   ./build.ps1 check            formatting, every analyzer, trim and AOT warnings: all clean or it fails
 #   ./build.ps1 bench ARGS       run the benchmarks
 #   ./build.ps1 fuzz SECONDS     run each fuzz test for SECONDS
-#   ./build.ps1 dist             out\dist: a binary for each target that this machine can make
+#   ./build.ps1 dist             out\dist: for each target that this machine can make a binary and a package (binary, sample
+#                                configuration, README, licence)
 #   ./build.ps1 clean            remove all that was built
 #   ./build.ps1 help             this text
 #
@@ -178,6 +179,21 @@ function Bench([string[]] $arguments) {
 
 # -- packaging ----------------------------------------------------------------------------------------------------
 
+# HEADING: the first fenced block below it in README.md, or what it says where it has none.
+function Get-Section([string] $heading) {
+    $on = $false; $fences = 0; $text = @(); $block = @()
+    foreach ($line in [IO.File]::ReadAllLines("$root\README.md")) {
+        if (-not $on) { $on = $line -ceq $heading; continue }
+        if ($line.StartsWith('```')) { if (++$fences -eq 2) { break }; continue }
+        if ($fences -eq 1) { $block += $line; continue }
+        if ($line -match '^#+ ') { break }
+        $text += $line
+    }
+    $lines = $text
+    if ($fences -gt 0) { $lines = $block }
+    return ($lines -join "`n") + "`n"
+}
+
 function Dist {
     Need-Sdk
     Need-Linker
@@ -188,6 +204,14 @@ function Dist {
     $file = Join-Path $dist "tcpproxy-$version-win-x64.exe"
     Publish $file @('-r', 'win-x64')
     Show-Size $file
+    $stage = Join-Path $obj "tcpproxy-$version-win-x64"
+    if (Test-Path $stage) { Remove-Item -Recurse -Force $stage }
+    New-Item -ItemType Directory -Force $stage | Out-Null
+    Copy-Item $file "$stage\tcpproxy.exe"
+    Copy-Item "$root\README.md" $stage
+    [IO.File]::WriteAllText("$stage\LICENCE", (Get-Section '## Licence'))
+    [IO.File]::WriteAllText("$stage\tcpproxy.conf", (Get-Section '### The file'))
+    Compress-Archive -Path $stage -DestinationPath "$dist\tcpproxy-$version-win-x64.zip"
     Say 'linux-x64, linux-arm64: not made: run ./build.sh dist on Linux'
     Say 'osx-arm64, osx-x64: not made: native code for macOS is linked on macOS; run ./build.sh dist there'
     $sums = Get-ChildItem $dist -Filter 'tcpproxy-*' | ForEach-Object {
@@ -212,8 +236,7 @@ switch -Exact ($word) {
     'try' { Try-It }
     'run' { Build; & $binary @rest; exit $LASTEXITCODE }
     'test' {
-        if ($rest.Count -gt 1) { Usage 'test: one FILTER at most' }
-        if ($rest.Count -eq 1) { Run-Tests @('-method', "*$($rest[0])*") } else { Run-Tests @() }
+        Run-Tests @($rest | ForEach-Object { '-method'; "*$_*" })
     }
     'check' { Check }
     'bench' { Bench $rest }

@@ -4,15 +4,19 @@
 #   ./build.sh                  build out/tcpproxy: on Linux one static file that needs no other
 #   ./build.sh try              the same, then send a line through it: client -> tcpproxy -> its built-in echo server
 #   ./build.sh run ARGS         run it, built first if the sources are newer
-#   ./build.sh test [FILTER]    run the tests, or those with FILTER in their class or method name
+#   ./build.sh test [FILTER...] run the tests, or those with a FILTER in their class or method name
 #   ./build.sh check            formatting, every analyzer, trim and AOT warnings: all clean or it fails
 #   ./build.sh bench ARGS       run the benchmarks
 #   ./build.sh fuzz SECONDS     run each fuzz test for SECONDS
-#   ./build.sh dist             out/dist: a binary for each target that this machine can make
+#   ./build.sh dist             out/dist: for each target that this machine can make a binary and a package (binary, systemd
+#                               unit, sample configuration, README, licence), and an OCI image of the Linux ones
 #   ./build.sh clean            remove all that was built
 #   ./build.sh help             this text
 #
 #   TCPPROXY_LINK=dynamic       build out/tcpproxy-dynamic instead, which uses the system's C library
+#   TCPPROXY_LINK=portable      build out/portable/tcpproxy instead, which needs the .NET runtime; test it without any call
+#                               into the C library, as it runs on Windows and macOS (TCPPROXY_PORTABLE=1)
+#   SOURCE_DATE_EPOCH=SECONDS   dist: the time that packages and images bear (the last commit's)
 #   TCPPROXY_BIN=FILE           test, bench, fuzz: use FILE instead of building one
 set -eu
 
@@ -121,17 +125,23 @@ case ${TCPPROXY_LINK:-${linux:+static}} in
     static) wanted=static binary=$out/tcpproxy limit=3.6 ;;
     dynamic) wanted=dynamic binary=$out/tcpproxy-dynamic limit=2.6 ;;
     '') wanted=dynamic binary=$out/tcpproxy limit=2.6 ;; # macOS has no static executables
-    *) usage "TCPPROXY_LINK: '$TCPPROXY_LINK' is neither 'static' nor 'dynamic'" ;;
+    portable) wanted=portable binary=$out/portable/tcpproxy limit=0.1 ;;
+    *) usage "TCPPROXY_LINK: '$TCPPROXY_LINK' is not 'static', 'dynamic' or 'portable'" ;;
 esac
 
 build() ( # does nothing, and says nothing, when the binary is newer than all it is made from
     lock
     if [ -x "$binary" ] && [ -z "$(cd "$root" && find TcpProxy.cs TcpProxy.csproj build.sh -newer "$binary")" ]; then exit; fi
     need_sdk
-    find_toolchain $wanted
-    say "toolchain: $compiler + $linker -> $kind"
     : >"$obj/begun"
-    publish "$binary" $props
+    if [ $wanted = portable ]; then
+        sdk portable publish TcpProxy.csproj -c Release -o "$out/portable" -p:PublishAot=false -p:RunAnalyzers=false --no-self-contained ||
+            die "out/portable could not be built"
+    else
+        find_toolchain $wanted
+        say "toolchain: $compiler + $linker -> $kind"
+        publish "$binary" $props
+    fi
     touch -r "$obj/begun" "$binary" # a source that was changed meanwhile is newer
     "$binary" --version >/dev/null || die "${binary#"$root/"} does not start"
 )
@@ -158,6 +168,7 @@ try_it() (
 run_tests() { # ARGUMENTS for xunit's runner
     if [ -z "${TCPPROXY_BIN-}" ]; then build; TCPPROXY_BIN=$binary; fi
     export TCPPROXY_BIN
+    [ $wanted != portable ] || export TCPPROXY_PORTABLE=1
     need_sdk
     (lock; sdk test msbuild tests/TcpProxy.Tests/TcpProxy.Tests.csproj -restore -p:Configuration=Debug) || die "the tests could not be built"
     [ -t 1 ] || set -- -noColor "$@"
@@ -216,9 +227,11 @@ dist() (
     dist=$out/dist
     rm -rf "$dist"
     mkdir -p "$dist"
+    epoch=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null || echo 0)}
     if [ -n "$linux" ]; then dist_linux; else dist_macos; fi
     say "win-x64, win-arm64: not made: native code for Windows is linked on Windows; run ./build.ps1 dist there"
     cd "$dist"
+    rm -rf stage
     if have sha256sum; then sha256sum tcpproxy-*; else shasum -a 256 tcpproxy-*; fi | tee SHA256SUMS
 )
 
@@ -226,6 +239,80 @@ target() { # RID LIMIT-IN-MB PROPERTIES...
     rid=$1 limit=$2; shift 2
     publish "$dist/tcpproxy-$version-$rid" "$@"
     size "$dist/tcpproxy-$version-$rid" "$limit"
+    package "$rid"
+}
+
+# The same files give the same bytes, whoever packs them and when.
+archive() { # FOLDER NAME...: as tar on stdout
+    folder=$1; shift
+    if tar --version 2>/dev/null | grep -q GNU; then
+        tar -C "$folder" --format=ustar --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=go-w,a+rX -cf - "$@"
+    else
+        tar -C "$folder" --format ustar --uid 0 --gid 0 -cf - "$@"
+    fi
+}
+
+section() { # HEADING: the first fenced block below it in README.md, or what it says where it has none
+    awk -v heading="$1" '$0 == heading { on = 1; next } !on { next }
+        /^```/ { if (++fenced == 2) exit; next }
+        fenced { block = block $0 "\n"; next }
+        /^#+ / { exit }
+        { text = text $0 "\n" }
+        END { printf "%s", fenced ? block : text }' "$root/README.md"
+}
+
+package() { # RID: a tar of all that one needs
+    name=tcpproxy-$version-$1
+    stage=$dist/stage/$name
+    mkdir -p "$stage"
+    cp "$dist/$name" "$stage/tcpproxy"
+    cp "$root/README.md" "$stage"
+    section '## Licence' >"$stage/LICENCE"
+    section '### The file' >"$stage/tcpproxy.conf"
+    if [ -n "$linux" ]; then
+        # This machine's binary writes the unit, for where the files will be; a port below 1024 is allowed.
+        "$dist/tcpproxy-$version-linux-$here" -c "$stage/tcpproxy.conf" --install-service >"$stage/unit" ||
+            die "the sample configuration in README.md is not valid"
+        sed -e "s|^ExecStart=.*|ExecStart=/usr/local/bin/tcpproxy -c /etc/tcpproxy.conf|" -e 's/^ProtectHome=.*/ProtectHome=yes/' \
+            -e 's/^PrivateTmp=.*/PrivateTmp=yes/' -e '/^WorkingDirectory=/d' \
+            -e 's/^\(AmbientCapabilities\|CapabilityBoundingSet\)=.*/\1=CAP_NET_BIND_SERVICE/' "$stage/unit" >"$stage/tcpproxy.service"
+        rm "$stage/unit"
+    fi
+    archive "$dist/stage" "$name" | gzip -n9 >"$dist/$name.tar.gz"
+}
+
+# -- the image: a layer for each architecture that holds the binary and nothing else (OCI image layout 1.0)
+
+digest() { sha256sum "$1" | cut -d ' ' -f 1; }
+
+blob() { # FILE MEDIA-TYPE: puts it where its digest says; its descriptor, without the closing brace, on stdout
+    sum=$(digest "$1")
+    printf '{"mediaType":"application/vnd.oci.image.%s","digest":"sha256:%s","size":%d' "$2" "$sum" "$(wc -c <"$1")"
+    mv "$1" "$oci/blobs/sha256/$sum"
+}
+
+image() { # RID...
+    oci=$dist/stage/oci
+    mkdir -p "$oci/blobs/sha256"
+    created=$(date -u -d "@$epoch" +%Y-%m-%dT%H:%M:%SZ)
+    manifests=
+    for rid; do
+        case $rid in linux-x64) architecture=amd64 ;; linux-arm64) architecture=arm64 ;; esac
+        archive "$dist/stage/tcpproxy-$version-$rid" tcpproxy >"$oci/layer"
+        layer=sha256:$(digest "$oci/layer")
+        gzip -n9 <"$oci/layer" >"$oci/layer.gz"
+        rm "$oci/layer"
+        printf '{"created":"%s","architecture":"%s","os":"linux","config":{"User":"65532:65532","Entrypoint":["/tcpproxy"],"WorkingDir":"/","Labels":{"org.opencontainers.image.title":"tcpproxy","org.opencontainers.image.version":"%s","org.opencontainers.image.licenses":"MIT"}},"rootfs":{"type":"layers","diff_ids":["%s"]}}' \
+            "$created" $architecture "$version" "$layer" >"$oci/config"
+        printf '{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":%s},"layers":[%s}]}' \
+            "$(blob "$oci/config" config.v1+json)" "$(blob "$oci/layer.gz" layer.v1.tar+gzip)" >"$oci/manifest"
+        manifests="$manifests${manifests:+,}$(blob "$oci/manifest" manifest.v1+json),\"platform\":{\"architecture\":\"$architecture\",\"os\":\"linux\"}}"
+    done
+    index='{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s]}'
+    printf "$index" "$manifests" >"$oci/all"
+    printf "$index" "$(blob "$oci/all" index.v1+json),\"annotations\":{\"org.opencontainers.image.ref.name\":\"$version\"}}" >"$oci/index.json"
+    printf '{"imageLayoutVersion":"1.0.0"}' >"$oci/oci-layout"
+    archive "$oci" blobs index.json oci-layout >"$dist/tcpproxy-$version-oci.tar"
 }
 
 dist_linux() {
@@ -236,11 +323,14 @@ dist_linux() {
     esac
     target linux-$here 3.6 $props
     # Crossing takes clang and lld, which serve every target alike, and the other machine's C library.
+    targets=linux-$here
     if links clang --target=$triple -fuse-ld=lld -static-pie; then
+        targets="linux-$here linux-$there"
         target linux-$there 3.6 -r linux-$there -p:CppCompilerAndLinker=clang -p:LinkerFlavor=lld -p:StaticExecutable=true
     else
         say "linux-$there: not made: no cross toolchain; on Debian: apt-get install -y clang lld $packages"
     fi
+    image $targets
     say "osx-arm64, osx-x64: not made: native code for macOS is linked on macOS; run ./build.sh dist there"
 }
 
@@ -257,7 +347,9 @@ case $word in
     build) [ $# = 0 ] || usage "build: unknown argument '$1'"; build; size "$binary" $limit ;;
     try) try_it ;;
     run) build; exec "$binary" "$@" ;;
-    test) [ $# -le 1 ] || usage "test: one FILTER at most"; run_tests ${1:+-method "*$1*"} ;;
+    test)
+        for filter; do set -- "$@" -method "*$filter*"; shift; done
+        run_tests "$@" ;;
     check) check ;;
     bench) bench "$@" ;;
     fuzz)

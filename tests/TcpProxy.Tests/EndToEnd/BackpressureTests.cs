@@ -68,6 +68,7 @@ public sealed class BackpressureTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task A_hundred_readers_that_stop_cost_a_buffer_each()
     {
+        Tool.NeedLibc("the memory is that of the native binary");
         const int Count = 100;
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--buffer-size", "64k");

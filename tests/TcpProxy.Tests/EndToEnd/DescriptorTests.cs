@@ -14,6 +14,7 @@ public sealed class DescriptorTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task Out_of_descriptors_the_listener_survives_says_so_once_and_recovers()
     {
+        Tool.NeedLibc("the files of the runtime take the descriptors");
         Upstream upstream = Given.Echo();
         ProxyProcess proxy = await Given.Proxy(Launch.WithDescriptors(64), "127.0.0.1:0", upstream.Address);
         proxy.Tolerate("exhausted", "recovered");

@@ -124,6 +124,7 @@ public sealed class DumpEndToEndTests : EndToEndTest
     [InlineData("env NO_COLOR=1", false)]
     public async Task A_terminal_gets_colours_unless_its_user_wants_none(string environment, bool isColoured)
     {
+        Tool.NeedLibc("whether it is a terminal is not asked");
         string script = Tool.Need("script", "bsdutils");
         int port = Given.FreePorts(1);
         Task<Outcome> shown = Tool.Run(script, "-qec",

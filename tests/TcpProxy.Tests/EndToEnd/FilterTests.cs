@@ -13,6 +13,8 @@ namespace TcpProxy.Tests;
 /// <summary>--filter-up and --filter-down: child processes in a connection.</summary>
 public sealed class FilterTests : EndToEndTest
 {
+    protected override string? Native => "filters";
+
     [Fact(Timeout = Quick)]
     public async Task Each_direction_goes_through_its_own_command()
     {

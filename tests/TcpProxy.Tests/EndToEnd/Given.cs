@@ -19,9 +19,17 @@ public abstract class EndToEndTest : IAsyncLifetime
 
     internal Given Given { get; } = new();
 
+    /// <summary>Why none of the tests can be run without libc; null where they can.</summary>
+    protected virtual string? Native => null;
+
     public ValueTask InitializeAsync()
     {
         Assert.SkipUnless(OperatingSystem.IsLinux(), "looks at the proxy through /proc and sends signals");
+        if (Native is { } reason)
+        {
+            Tool.NeedLibc(reason);
+        }
+
         return ValueTask.CompletedTask;
     }
 

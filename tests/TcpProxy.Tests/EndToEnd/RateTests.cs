@@ -23,6 +23,7 @@ public sealed class RateTests : EndToEndTest
     [InlineData("--rate-total-up", "1m/s", Mega)]
     public async Task A_stream_passes_at_its_rate_and_evenly(string option, string text, int rate)
     {
+        double slack = Tool.IsPortable ? 0.1 : 0.03; // what is compiled as it runs does not start at once
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, option, text);
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
@@ -33,7 +34,7 @@ public sealed class RateTests : EndToEndTest
 
         (double time, long bytes) = seen.First(e => e.Time > 0.5); // after what a full bucket gives at once
         double measured = (seen[^1].Bytes - bytes) / (seen[^1].Time - time);
-        Assert.InRange(measured / rate, 0.97, 1.03);
+        Assert.InRange(measured / rate, 1 - slack, 1 + slack);
         int start = 0;
         for (int i = 0; i < seen.Count; i++)
         {
@@ -49,6 +50,7 @@ public sealed class RateTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task Those_who_share_a_total_have_equal_parts_and_other_routes_are_not_slowed()
     {
+        Tool.NeedLibc("what is compiled as it runs does not start at once");
         const int Count = 8;
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy(
@@ -81,6 +83,7 @@ public sealed class RateTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task The_sender_is_held_back_and_nothing_is_buffered()
     {
+        Tool.NeedLibc("the memory is that of the native binary");
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--rate-up", "100k/s");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);

@@ -44,6 +44,7 @@ public sealed class StalledLogTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task A_stderr_that_somebody_made_non_blocking_gets_whole_lines()
     {
+        Tool.NeedLibc("there is no poll(2) to wait with");
         const int Count = 2_000;
         string python = Tool.Need("python3", "python3");
         const string Script = """

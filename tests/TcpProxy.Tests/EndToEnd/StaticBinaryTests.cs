@@ -9,6 +9,8 @@ namespace TcpProxy.Tests;
 
 public sealed class StaticBinaryTests : EndToEndTest
 {
+    protected override string? Native => "it is not the static binary";
+
     [Fact(Timeout = Quick)]
     public void The_binary_asks_for_no_interpreter_and_no_library()
     {

@@ -144,6 +144,26 @@ public sealed class StatsTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_route_that_a_reload_has_removed_counts_until_its_last_connection_has_ended()
+    {
+        string file = Given.Write("conf", "listen 127.0.0.1:0\nname stays\nupstream echo\nlisten 127.0.0.1:0\nname goes\nupstream echo\n");
+        ProxyProcess proxy = await Given.Proxy("--stats", "0", "-c", file);
+        EndPoint stats = await Stats(proxy);
+        Peer client = await Given.Client(proxy, 1);
+        await client.Ask("before");
+        Given.Write("conf", "listen 127.0.0.1:0\nname stays\nupstream echo\n");
+        proxy.Signal(1);
+        JsonElement gone = await Settled(
+            stats, s => s, s => s.GetProperty("routes").GetArrayLength() == 2 && !s.GetProperty("routes")[1].GetProperty("in_force").GetBoolean());
+        Assert.Equal("goes", gone.GetProperty("routes")[1].GetProperty("name").GetString());
+        await client.Ask("after");
+        Assert.Equal(11, Number((await Json(stats)).GetProperty("routes")[1], "bytes_up"));
+        Assert.Equal("ok\n", (await Ask(stats, "/healthz")).Body);
+        client.Dispose();
+        await Settled(stats, s => s, s => s.GetProperty("routes").GetArrayLength() == 1);
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Names_that_clients_send_make_one_reason_not_one_each()
     {
         ProxyProcess proxy = await Given.Proxy("--stats", "0", "-l", "127.0.0.1:0", "--sni", "a.example", "-u", "echo");
@@ -181,6 +201,8 @@ public sealed class StatsTests : EndToEndTest
         await proxy.Line("draining");
         Assert.Equal("503 draining\n", await Get("/healthz"));
         Assert.True((await Json(stats)).GetProperty("draining").GetBoolean());
+        client.Dispose();
+        Assert.Equal(0, await proxy.Exit());
 
         async Task<string> Get(string path)
         {

@@ -34,6 +34,14 @@ internal static class Tool
         return found;
     }
 
+    /// <summary>Whether the proxy runs without libc, as it does on Windows and macOS.</summary>
+    public static bool IsPortable => Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") == "1";
+
+    /// <summary>Files that the .NET runtime opens when it first needs them, and keeps.</summary>
+    public static int LateFiles => IsPortable ? 12 : 0;
+
+    public static void NeedLibc(string why) => Assert.SkipWhen(IsPortable, $"TCPPROXY_PORTABLE=1: {why}");
+
     public static void NeedRoot(string why) => Assert.SkipUnless(IsRoot, $"wants root: {why}");
 
     public static string? Find(string program, params string[] folders) =>

@@ -148,7 +148,7 @@ public sealed class ToxicTests : EndToEndTest
         }
 
         double measured = (total - first.Bytes) / (clock.Elapsed.TotalSeconds - first.Time);
-        Assert.InRange(measured / expected, 0.97, 1.03);
+        Assert.InRange(measured / expected, Tool.IsPortable ? 0.9 : 0.97, 1.03);
     }
 
     [Fact(Timeout = Quick)]
@@ -399,7 +399,7 @@ public sealed class ToxicTests : EndToEndTest
                 await line.Proxy.Connection(client, 8);
             }
 
-            Assert.InRange(line.Proxy.Descriptors, 0, before - 2);
+            Assert.InRange(line.Proxy.Descriptors, 0, before - 2 + Tool.LateFiles);
             Stopwatch clock = Stopwatch.StartNew();
             await line.Proxy.Stop(); // nothing is left to drain
             Assert.InRange(clock.ElapsedMilliseconds, 0, 3_000);

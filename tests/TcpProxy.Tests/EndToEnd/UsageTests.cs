@@ -165,7 +165,8 @@ public sealed class UsageTests : EndToEndTest
             "replace-up", "replace-down", "block-up", "block-down", "filter-up", "filter-down", "toxic", "seed",
             "log", "log-file", "stats", "control", "ctl",
             "log-level", "log-long", "log-skip-empty", "config", "check-config", "reload-dry-run",
-            "drain-timeout", "threads", "buffer-size", "splice", "pid-file", "port-file", "once", "quiet", "verbose",
+            "drain-timeout", "threads", "buffer-size", "splice", "user", "install-service", "pid-file",
+            "port-file", "once", "quiet", "verbose",
             "help", "version", "wait-for", "timeout",
         ];
         Assert.All(due, name => Assert.Matches($@"--{name}\b", help));
