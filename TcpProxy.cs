@@ -6252,9 +6252,16 @@ internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
 
     internal void Close()
     {
-        if (_stream is { CanSeek: true } && (HasFailed || _reserved > 0))
+        try
         {
-            _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length); // gives back what is reserved
+            if (_stream is { CanSeek: true } && (HasFailed || _reserved > 0))
+            {
+                _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length); // gives back what is reserved
+            }
+        }
+        catch (IOException)
+        {
+            // a device, which has no length
         }
 
         _stream?.Dispose();
