@@ -5771,6 +5771,7 @@ internal sealed class ByteRate(long rate)
 {
     private const int Slices = 100; // a second
     private const int Depths = 20; // a second
+    private const int Least = 4 << 10; // bytes that are worth their system calls
 
     private readonly List<Throttle> _line = []; // under itself, as all below it
     private double _bytes;
@@ -5783,9 +5784,11 @@ internal sealed class ByteRate(long rate)
 
     internal ValueTask<int> TakeAsync(Throttle throttle, int most)
     {
-        int wanted = (int)Math.Min(most, Math.Max(1, Rate / Slices));
         lock (_line)
         {
+            // many get little at a time: what waits at a source may be less than a buffer, and who has more would have the larger part
+            long slice = Math.Max(1, Rate / Slices);
+            int wanted = (int)Math.Min(most, Math.Min(slice, Math.Max(Least, slice / (_line.Count + 1))));
             Fill();
             if (_line.Count == 0 && _bytes >= wanted)
             {
