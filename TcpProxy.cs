@@ -68,18 +68,19 @@
 //
 //    1 PROGRAM     Main, exit status, signals
 //    2 OPTIONS     the one table; command line and file to settings; help
-//    3 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
-//    4 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
-//    5 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
-//    6 UPSTREAMS   servers: choice, retry, queue, down and up
-//    7 CONNECT     resolve names, dial addresses
-//    8 BRIDGE      ref-counted owner of both sockets; timeouts
-//    9 PUMP        one direction: receive, send; the buffer; byte rates
-//   10 TAPS        what looks into a direction, or changes it
-//   11 PREREAD     PROXY protocol in and out, TLS server name
-//   12 OPERATE     the page of --stats, the socket of --control, sd_notify
-//   13 OBSERVE     log lines, written off the data path; reasons; counters
-//   14 PLATFORM    the sweep, addresses, units, text, libc
+//    3 COMMANDS    of --control; the text of --install-service
+//    4 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
+//    5 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
+//    6 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
+//    7 UPSTREAMS   servers: choice, retry, queue, down and up
+//    8 CONNECT     resolve names, dial addresses
+//    9 BRIDGE      ref-counted owner of both sockets; timeouts
+//   10 PUMP        one direction: receive, send; the buffer; byte rates
+//   11 TAPS        what looks into a direction, or changes it
+//   12 PREREAD     PROXY protocol in and out, TLS server name
+//   13 OPERATE     the page of --stats, the socket of --control, sd_notify
+//   14 OBSERVE     log lines, written off the data path; reasons; counters
+//   15 PLATFORM    the sweep, addresses, units, text, libc
 //
 // A section names types of later sections only, never of earlier ones (Unit/MapTests.cs holds that true).
 
@@ -138,7 +139,7 @@ internal static class Program
                 Command.InstallService => Print(ServiceText.Of(settings, args)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
                     ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
-                Command.Control => Tell(settings.ControlPath, settings.ControlCommand, settings.WaitTimeout),
+                Command.Control => Tell(settings.ControlPath, settings.ControlWords, settings.WaitTimeout),
                 Command.ReloadDryRun => DryRun(settings),
                 _ => await RunAsync(settings, args),
             };
@@ -159,7 +160,11 @@ internal static class Program
         Descriptors.RaiseLimit();
         Account? account = settings.User is { } user ? new Account(user) : null;
         account?.Prepare(); // before there are other threads
-        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running)) { Version = Help.Version };
+        Proxy proxy = new(settings, account, running => CommandLine.Parse(args, running))
+        {
+            Version = Help.Version,
+            Answer = ControlCommand.Answer,
+        };
         _signals =
         [
             PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed),
@@ -636,7 +641,7 @@ internal static class CommandLine
         }
         else if (settings.Command == Command.Control)
         {
-            settings.ControlCommand = positional.Count > 0 ? string.Join(' ', positional)
+            settings.ControlWords = positional.Count > 0 ? string.Join(' ', positional)
                 : throw new FormatException("--ctl: no command follows; 'help' lists them");
         }
         else if (settings.Command is Command.Run or Command.CheckConfig or Command.ReloadDryRun or Command.Explain
@@ -1025,7 +1030,524 @@ internal static class Help
     }
 }
 
-// == 3  PROXY =======================================================================================================
+// == 3  COMMANDS ====================================================================================================
+// What an administrator tells the running proxy by --control, and what the service manager is to run. Both know all that the
+// proxy has, and it knows nothing of them.
+
+/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
+/// with HAProxy's sentence for it.</summary>
+internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
+{
+    private const int Margin = 56; // where help starts
+    private const int HeaviestWeight = 256;
+    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
+    private const string Columns = // of HAProxy 2.6
+        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
+        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
+        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
+        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
+        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
+        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
+        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
+        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
+        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
+        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
+        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
+        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
+        + "h1_spliced_bytes_out";
+    private static readonly ControlCommand[] Table =
+    [
+        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
+        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
+        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
+        new("reload", "[dry-run]", "read the file again, and apply (or say) what is different", Reload),
+        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
+        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
+        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
+        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
+        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
+        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
+        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
+        new("show backend", "", "names of the routes", ShowRoutes),
+        new("show info", "", "about the process, one key a line", ShowInfo),
+        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
+        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
+        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
+        new("show version", "", "of this program", (proxy, _) => proxy.Version),
+        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
+        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
+        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
+        new("prompt", "", "stay connected, with a prompt; or no longer"),
+        new("quit", "", "disconnect"),
+    ];
+
+    private readonly string[] _words = words.Split(' ');
+    private readonly Func<Proxy, string[], string>? _answer = answer;
+
+    private string Words { get; } = words;
+    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
+
+    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
+    internal static string Answer(Proxy proxy, string[] words)
+    {
+        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+    }
+
+    private static FormatException Unknown(string[] words)
+    {
+        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
+        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
+    }
+
+    private static string List(string start)
+    {
+        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
+        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
+    }
+
+    // ---- what is named
+
+    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
+
+    private static FormatException None(string what, string name, List<string> known)
+    {
+        string? near = Text.Nearest(name, [.. known]);
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
+    }
+
+    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
+    {
+        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
+        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
+    }
+
+    private static List<Server> ServersOf(Route route)
+    {
+        List<Server> servers = [];
+        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
+        return servers;
+    }
+
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
+    private static List<Server> ServersOf(Proxy proxy, string[] words)
+    {
+        string name = At(words, 0);
+        int slash = name.IndexOf('/', StringComparison.Ordinal);
+        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
+        routes = routes.Count > 0 ? routes
+            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
+        List<Server> found = [];
+        List<string> known = [];
+        foreach (Route route in routes)
+        {
+            List<Server> servers = ServersOf(route);
+            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
+            found.AddRange(servers.FindAll(server =>
+                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
+        }
+
+        return found.Count > 0 ? found : throw None("server", name, known);
+    }
+
+    private static int Count(string[] words, int index, string expected) =>
+        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
+        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
+
+    // ---- to change
+
+    private static string SetServer(Proxy proxy, string[] words)
+    {
+        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        return At(words, 1) switch
+        {
+            "weight" => SetWeight(proxy, words, 2),
+            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
+            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
+            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+        };
+    }
+
+    private static string Put(Proxy proxy, string[] words, ServerMode mode)
+    {
+        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
+        return "";
+    }
+
+    private static string GetWeight(Proxy proxy, string[] words) =>
+        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
+
+    private static string SetWeight(Proxy proxy, string[] words, int index)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        bool isPercent = At(words, index).EndsWith('%');
+        int number = Count(Array.ConvertAll(words, word => word.TrimEnd('%')), index, "Require <weight> or <weight%>.");
+        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
+            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
+        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
+        return "";
+
+        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
+    }
+
+    private static string SetServerLimit(Proxy proxy, string[] words)
+    {
+        List<Server> servers = ServersOf(proxy, words);
+        int most = Count(words, 1, "Require <maxconn>.");
+        servers.ForEach(server => server.Balancer.Bound(server, most));
+        return "";
+    }
+
+    private static string SetRouteLimit(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
+            : throw new FormatException("A frontend name is expected.");
+        int most = Count(words, 1, "Integer value expected.");
+        routes.ForEach(route => route.Bound(most));
+        return "";
+    }
+
+    private static string SetLimit(Proxy proxy, string[] words)
+    {
+        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
+        proxy.Routes.ForEach(route => route.Line.Serve());
+        return "";
+    }
+
+    private static string Reload(Proxy proxy, string[] words)
+    {
+        bool isDry = words is ["dry-run"];
+        return words.Length > 0 && !isDry ? throw new FormatException("'reload' and 'reload dry-run' are all there is.")
+            : proxy.Reload(out string outcome, isDry) ? outcome : throw new FormatException(outcome);
+    }
+
+    // ---- connections
+
+    private static List<Bridge> Sessions(string? id = null)
+    {
+        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
+        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
+        List<Bridge> sessions = [];
+        foreach (Watched watched in Sweep.Snapshot())
+        {
+            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
+            {
+                sessions.Add(bridge);
+            }
+        }
+
+        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
+        return sessions;
+    }
+
+    private static string ShowSessions(Proxy proxy, string[] words)
+    {
+        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
+        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
+        foreach (Bridge bridge in sessions)
+        {
+            ConnectionLine line = bridge.Line;
+            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
+                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
+            string route = Word(line.RouteStats.Title);
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
+                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string ShutDownSession(Proxy proxy, string[] words)
+    {
+        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
+            : throw new FormatException("Session pointer expected (use 'show sess')."));
+        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
+        return "";
+    }
+
+    private static string ShutDownSessions(Proxy proxy, string[] words)
+    {
+        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
+        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
+        return "";
+    }
+
+    // ---- to look at
+
+    private static string ShowInfo(Proxy proxy, string[] words)
+    {
+        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
+        long files = Descriptors.Limit;
+        (long connections, long bytes) = (0, 0);
+        new Totals(proxy).Routes.ForEach(route =>
+            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
+        return $"""
+            Name: tcpproxy
+            Version: {proxy.Version}
+            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
+            Nbproc: 1
+            Process_num: 1
+            Pid: {Environment.ProcessId}
+            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
+            Uptime_sec: {Seconds(proxy.StartedAt)}
+            Ulimit-n: {files}
+            Maxsock: {files}
+            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
+            Hard_maxconn: {files / 2}
+            CurrConns: {proxy.Limit.Count}
+            CumConns: {connections}
+            node: {Environment.MachineName}
+            Stopping: {(proxy.IsDraining ? 1 : 0)}
+            Listeners: {proxy.Listeners}
+            DroppedLogs: {proxy.Log.DroppedInAll}
+            TotalBytesOut: {bytes}
+            Start_time_sec: {(long)(proxy.StartedAt - DateTime.UnixEpoch).TotalSeconds}
+
+            """;
+    }
+
+    private static string ShowRoutes(Proxy proxy, string[] words) =>
+        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
+
+    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
+    private static string ShowServers(Proxy proxy, string[] words)
+    {
+        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
+            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
+            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
+            + "srv_agent_port\n");
+        foreach (Route route in routes)
+        {
+            int id = 0;
+            foreach (Server server in ServersOf(route))
+            {
+                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
+                string check = !server.IsChecked ? "1 0 2 0" : !server.IsDown ? "6 3 4 6" : "8 2 0 6";
+                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
+                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
+                    .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
+                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
+                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
+                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
+            }
+        }
+
+        return text.ToString();
+    }
+
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
+    /// is any.</summary>
+    private static string ShowStat(Proxy proxy, string[] words)
+    {
+        (int types, int only) = (-1, -1);
+        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
+        {
+            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
+        }
+
+        _ = new Totals(proxy); // which has all of them look
+        string[] columns = Columns.Split(',');
+        StringBuilder text = new($"# {Columns},\n");
+        List<Route> routes = proxy.Routes;
+        for (int i = 0; i < routes.Count; i++)
+        {
+            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
+            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
+            {
+                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
+                {
+                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
+                }
+            }
+        }
+
+        return text.ToString();
+    }
+
+    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
+    {
+        List<Dictionary<string, object>> rows = [];
+        RouteStats stats = route.Stats;
+        Add("FRONTEND", 0, 0, "OPEN", stats, "slim", Bound(route.Limit.Most), "stot", stats.Connections - stats.Refused,
+            "conn_tot", stats.Connections, "dcon", stats.Refused);
+        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
+        foreach (ServerStats server in stats.Servers)
+        {
+            bool isUsable = server.State == "up";
+            int share = server.Weight * server.Percent / 100;
+            connections += server.Connections;
+            weight += isUsable ? share : 0;
+            active += isUsable && !server.IsBackup ? 1 : 0;
+            backup += isUsable && server.IsBackup ? 1 : 0;
+            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
+                "slim", Bound(server.MaxConnections), "stot", server.Connections, "lbtot", server.Connections, "weight", share,
+                "uweight", server.Weight, "throttle", server.Percent < 100 ? server.Percent : "",
+                "act", server.IsBackup ? 0 : 1, "bck", server.IsBackup ? 1 : 0, "chkdown", server.Downs,
+                "lastchg", Seconds(server.Since), "last_chk", server.Check, "addr", server.Address,
+                "ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000);
+        }
+
+        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
+            "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
+            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
+        return rows;
+
+        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
+        {
+            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
+                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
+                .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
+                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
+            Dictionary<string, object> row = [];
+            for (int i = 0; i < cells.Length; i += 2)
+            {
+                row[(string)cells[i]] = cells[i + 1];
+            }
+
+            rows.Add(row);
+        }
+
+        static object Bound(int most) => most > 0 ? most : "";
+    }
+
+    private static string Cell(object? value)
+    {
+        string text = $"{value}";
+        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
+    }
+
+    /// <summary>A name between blanks.</summary>
+    private static string Word(string name) => name.Replace(' ', '_');
+
+    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
+
+    /// <summary>Its two largest units.</summary>
+    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
+}
+
+/// <summary>--install-service: how the machine's service manager is to run this command line.</summary>
+internal static class ServiceText
+{
+    private const int Descriptors = 1 << 20; // as many as Linux lets any process have by itself (fs.nr_open)
+
+    // folders that systemd makes, and gives to the service's user
+    private static readonly string[] Tops = ["/run/", "/var/log/", "/var/lib/", "/var/cache/"];
+    private static readonly string[] Makers = ["RuntimeDirectory", "LogsDirectory", "StateDirectory", "CacheDirectory"];
+
+    /// <summary>The file, or the folder (which ends with a slash), that an option has us write.</summary>
+    private static string[] Written(Choice choice) => choice.Name switch
+    {
+        "log-file" or "pid-file" or "port-file" => [choice.Value],
+        "record" => [$"{choice.Value}/"],
+        "pcap" when choice.Value != "-" => [choice.Value],
+        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
+        _ => [],
+    };
+
+    internal static string Of(Settings settings, string[] typed)
+    {
+        string program = Environment.ProcessPath ?? Path.GetFullPath(Environment.GetCommandLineArgs()[0]);
+        string[] words = Array.FindAll(typed, word => word != "--install-service");
+        return OperatingSystem.IsWindows() ? Windows(program, words) : Unit(settings, program, words);
+    }
+
+    /// <summary>For cmd.exe: a command line, as a C program splits it, as one word of another.</summary>
+    internal static string Windows(string program, string[] words) =>
+        "sc.exe create tcpproxy start= auto obj= \"NT AUTHORITY\\LocalService\" binPath= "
+        + Text.QuoteForWindows(string.Join(' ', Array.ConvertAll([program, .. words], Text.QuoteForWindows))) + "\n";
+
+    internal static string Unit(Settings settings, string program, string[] words)
+    {
+        List<Choice> choices = [.. settings.Choices];
+        settings.Routes.ForEach(route => choices.AddRange(route.Choices));
+        List<string> written = [];
+        choices.ForEach(choice => written.AddRange(Written(choice)));
+        settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
+        List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
+        string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
+        paths = paths.ConvertAll(Path.GetFullPath);
+        paths.AddRange([program, folder ?? program]);
+        bool isPrivileged = settings.Routes.Exists(route => route.Listen!.IsPrivileged);
+        bool isUnix = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
+        bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
+        bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
+        string[] user = settings.User?.Split(':') ?? [];
+        StringBuilder unit = new();
+        Add("# /etc/systemd/system/tcpproxy.service\n[Unit]\nDescription=", "TCP proxy");
+        Add("Wants=", "network-online.target");
+        Add("After=", isPassed ? "network-online.target tcpproxy.socket" : "network-online.target");
+        Add("Requires=", isPassed ? "tcpproxy.socket" : null);
+        Add("\n[Service]\nType=", "notify");
+        Add("ExecStart=", string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
+            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]));
+        Add("ExecReload=", "/bin/kill -HUP $MAINPID");
+        Add("WorkingDirectory=", folder?.Replace("%", "%%", StringComparison.Ordinal));
+        Add("Restart=", settings.Once ? "no" : "on-failure");
+        Add("WatchdogSec=", "30s");
+        Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
+            : $"{Text.Of((long)settings.DrainTimeout.TotalSeconds + 5)}s");
+        Add("LimitNOFILE=", Text.Of(Descriptors));
+        Add("DynamicUser=", user.Length == 0 ? "yes" : null);
+        Add("User=", user.Length > 0 ? user[0] : null);
+        Add("Group=", user.Length > 1 ? user[1] : null);
+        Add("AmbientCapabilities=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
+        Add("CapabilityBoundingSet=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
+        Add("UMask=", isUnix ? "0007" : "0077"); // who connects to a unix socket must be allowed to write to it
+        AddFolders();
+        Add("ProtectSystem=", "strict");
+        Add("ProtectHome=", IsBelow("/home", "/root", "/run/user") ? "read-only" : "yes");
+        Add("PrivateTmp=", IsBelow("/tmp", "/var/tmp") ? "no" : "yes");
+        Add("""
+            NoNewPrivileges=yes
+            PrivateDevices=yes
+            ProtectClock=yes
+            ProtectControlGroups=yes
+            ProtectHostname=yes
+            ProtectKernelLogs=yes
+            ProtectKernelModules=yes
+            ProtectKernelTunables=yes
+            ProtectProc=invisible
+            ProcSubset=pid
+            RemoveIPC=yes
+            RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+            RestrictNamespaces=yes
+            RestrictRealtime=yes
+            RestrictSUIDSGID=yes
+            LockPersonality=yes
+            SystemCallArchitectures=native
+            SystemCallErrorNumber=EPERM
+            SystemCallFilter=@system-service
+            """, "");
+        Add("SystemCallFilter=", isFiltering ? null : "~@privileged @resources");
+        Add("MemoryDenyWriteExecute=", isFiltering ? null : "yes"); // a filter may compile as it runs
+        Add("\n[Install]\nWantedBy=", "multi-user.target");
+        return unit.ToString();
+
+        void Add(string key, string? value) => unit.Append(value is null ? "" : $"{key}{value}\n");
+
+        bool IsBelow(params string[] tops) =>
+            paths.Exists(path => Array.Exists(tops, top => $"{path}/".StartsWith($"{top}/", StringComparison.Ordinal)));
+
+        void AddFolders()
+        {
+            HashSet<string> known = [];
+            foreach (string path in written.ConvertAll(Path.GetFullPath))
+            {
+                string parent = Path.GetDirectoryName(path) ?? "/";
+                int top = Array.FindIndex(Tops, top => parent.StartsWith(top, StringComparison.Ordinal));
+                string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{parent}", isProgram: true)}"
+                    : $"{Makers[top]}={Text.QuoteForSystemd(parent[Tops[top].Length..], isProgram: true)}";
+                Add(line, known.Add(line) ? "" : null);
+            }
+        }
+    }
+}
+
+// == 4  PROXY =======================================================================================================
 // Wires the parts of each route together, starts them, serves every accepted client through steps (2) to (8), and
 // ends: no more accepting, bridges finish in time, the last lines are written. A reload is a start among what runs: all that
 // may fail is done beside it, then Acceptors hand over to new Routes, which go on with what the old ones have counted.
@@ -1075,7 +1597,7 @@ internal sealed class Settings(Settings? running = null)
     internal UpstreamAddress? WaitFor { get; set; }
     internal TimeSpan WaitTimeout { get; set; }
     internal string ControlPath { get; set; } = ""; // of --ctl
-    internal string ControlCommand { get; set; } = "";
+    internal string ControlWords { get; set; } = "";
     internal ListenAddress? Control { get; set; }
     internal ExplainQuery? Explain { get; set; }
     internal List<Choice> Choices { get; private set; } = []; // of the process
@@ -1392,6 +1914,7 @@ internal sealed class Proxy : IObserved
     }
 
     public required string Version { get; init; }
+    internal required Func<Proxy, string[], string> Answer { get; init; } // to a command of --control
     public DateTime StartedAt { get; } = DateTime.UtcNow;
     public bool IsDraining => _stopping.Task.IsCompleted;
 
@@ -1684,7 +2207,7 @@ internal sealed class Proxy : IObserved
 
         if (_settings.Control is { } path)
         {
-            Watch("--control", path, new ControlServer(words => ControlCommand.Answer(this, words), _log).Accepted, isPrivate: true);
+            Watch("--control", path, new ControlServer(words => Answer(this, words), _log).Accepted, isPrivate: true);
         }
 
         return stats;
@@ -2083,401 +2606,6 @@ internal static class Difference
     }
 }
 
-/// <summary>A command of --control. Words and answers are HAProxy's, as far as there is such a thing here; what is wrong begins
-/// with HAProxy's sentence for it.</summary>
-internal sealed class ControlCommand(string words, string arguments, string help, Func<Proxy, string[], string>? answer = null)
-{
-    private const int Margin = 56; // where help starts
-    private const int HeaviestWeight = 256;
-    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
-    private const string Columns = // of HAProxy 2.6
-        "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
-        + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
-        + "check_code,check_duration,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,hrsp_other,hanafail,req_rate,req_rate_max,"
-        + "req_tot,cli_abrt,srv_abrt,comp_in,comp_out,comp_byp,comp_rsp,lastsess,last_chk,last_agt,qtime,ctime,rtime,ttime,"
-        + "agent_status,agent_code,agent_duration,check_desc,agent_desc,check_rise,check_fall,check_health,agent_rise,agent_fall,"
-        + "agent_health,addr,cookie,mode,algo,conn_rate,conn_rate_max,conn_tot,intercepted,dcon,dses,wrew,connect,reuse,"
-        + "cache_lookups,cache_hits,srv_icur,src_ilim,qtime_max,ctime_max,rtime_max,ttime_max,eint,idle_conn_cur,safe_conn_cur,"
-        + "used_conn_cur,need_conn_est,uweight,agg_server_status,agg_server_check_status,agg_check_status,-,ssl_sess,"
-        + "ssl_reused_sess,ssl_failed_handshake,h2_headers_rcvd,h2_data_rcvd,h2_settings_rcvd,h2_rst_stream_rcvd,"
-        + "h2_goaway_rcvd,h2_detected_conn_protocol_errors,h2_detected_strm_protocol_errors,h2_rst_stream_resp,h2_goaway_resp,"
-        + "h2_open_connections,h2_backend_open_streams,h2_total_connections,h2_backend_total_streams,h1_open_connections,"
-        + "h1_open_streams,h1_total_connections,h1_total_streams,h1_bytes_in,h1_bytes_out,h1_spliced_bytes_in,"
-        + "h1_spliced_bytes_out";
-    private static readonly ControlCommand[] Table =
-    [
-        new("disable server", "<route>/<server>", "set it maint", (proxy, words) => Put(proxy, words, ServerMode.Maintenance)),
-        new("enable server", "<route>/<server>", "set it ready", (proxy, words) => Put(proxy, words, ServerMode.Ready)),
-        new("get weight", "<route>/<server>", "of a server; and the one that was typed", GetWeight),
-        new("reload", "[dry-run]", "read the file again, and apply (or say) what is different", Reload),
-        new("set maxconn frontend", "<route> <n>", "its --max-connections; 0 = off, as below", SetRouteLimit),
-        new("set maxconn global", "<n>", "the --max-connections of the process", SetLimit),
-        new("set maxconn server", "<route>/<server> <n>", "its max-connections", SetServerLimit),
-        new("set server", "<route>/<server> state ready|drain|maint", "drain: no new connections; maint: nor checks", SetServer),
-        new("set server", "<route>/<server> weight <n>[%]", "its share; % of the one that was typed", SetServer),
-        new("set severity-output", "none|number|string", "begin errors with [3]: or [err]:"), // ControlServer's own, as two below
-        new("set weight", "<route>/<server> <n>[%]", "the same", (proxy, words) => SetWeight(proxy, words, 1)),
-        new("show backend", "", "names of the routes", ShowRoutes),
-        new("show info", "", "about the process, one key a line", ShowInfo),
-        new("show servers state", "[<route>]", "modes, states and weights", ShowServers),
-        new("show sess", "[<id>]", "connections that have a server (not those on the way to one)", ShowSessions),
-        new("show stat", "[<route> <type> <sid>]", "counters of routes and servers, as CSV", ShowStat),
-        new("show version", "", "of this program", (_, _) => TcpProxy.Help.Version),
-        new("shutdown session", "<id>", "reset a connection", ShutDownSession),
-        new("shutdown sessions server", "<route>/<server>", "reset those of a server", ShutDownSessions),
-        new("help", "[<command>]", "all commands, or those that begin so", (_, words) => List(string.Join(' ', words))),
-        new("prompt", "", "stay connected, with a prompt; or no longer"),
-        new("quit", "", "disconnect"),
-    ];
-
-    private readonly string[] _words = words.Split(' ');
-    private readonly Func<Proxy, string[], string>? _answer = answer;
-
-    private string Words { get; } = words;
-    private string Line { get; } = $"  {words} {arguments}".PadRight(Margin) + $": {help}\n";
-
-    /// <exception cref="FormatException">something is wrong with it; the message is the answer</exception>
-    internal static string Answer(Proxy proxy, string[] words)
-    {
-        ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
-        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
-    }
-
-    private static FormatException Unknown(string[] words)
-    {
-        string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
-        string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
-        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
-        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
-    }
-
-    private static string List(string start)
-    {
-        ControlCommand[] found = Array.FindAll(Table, one => one.Words.StartsWith(start, StringComparison.Ordinal));
-        return string.Concat(Array.ConvertAll(found.Length > 0 ? found : Table, one => one.Line));
-    }
-
-    // ---- what is named
-
-    private static string At(string[] words, int index) => index < words.Length ? words[index] : "";
-
-    private static FormatException None(string what, string name, List<string> known)
-    {
-        string? near = Text.Nearest(name, [.. known]);
-        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
-    }
-
-    private static List<Route> RoutesOf(Proxy proxy, string name, string what)
-    {
-        List<Route> found = proxy.Routes.FindAll(route => route.Title == name);
-        return found.Count > 0 ? found : throw None(what, name, proxy.Routes.ConvertAll(route => route.Title));
-    }
-
-    private static List<Server> ServersOf(Route route)
-    {
-        List<Server> servers = [];
-        route.Pools.ForEach(pool => servers.AddRange(pool.Servers()));
-        return servers;
-    }
-
-    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
-    private static List<Server> ServersOf(Proxy proxy, string[] words)
-    {
-        string name = At(words, 0);
-        int slash = name.IndexOf('/', StringComparison.Ordinal);
-        List<Route> routes = proxy.Routes.FindAll(route => name.StartsWith($"{route.Title}/", StringComparison.Ordinal));
-        routes = routes.Count > 0 ? routes
-            : RoutesOf(proxy, slash >= 0 ? name[..slash] : throw new FormatException("Require 'backend/server'."), "backend");
-        List<Server> found = [];
-        List<string> known = [];
-        foreach (Route route in routes)
-        {
-            List<Server> servers = ServersOf(route);
-            known.AddRange(servers.ConvertAll(server => $"{route.Title}/{server.Title}"));
-            found.AddRange(servers.FindAll(server =>
-                name == $"{route.Title}/{server.Title}" || name == $"{route.Title}/{server.Upstream.Title}"));
-        }
-
-        return found.Count > 0 ? found : throw None("server", name, known);
-    }
-
-    private static int Count(string[] words, int index, string expected) =>
-        int.TryParse(At(words, index), NumberStyles.None, CultureInfo.InvariantCulture, out int count) ? count
-        : throw new FormatException(expected + (index >= words.Length ? "" : $" '{Text.Escape(words[index])}' is none"));
-
-    // ---- to change
-
-    private static string SetServer(Proxy proxy, string[] words)
-    {
-        int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
-        return At(words, 1) switch
-        {
-            "weight" => SetWeight(proxy, words, 2),
-            "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
-            "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
-            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
-        };
-    }
-
-    private static string Put(Proxy proxy, string[] words, ServerMode mode)
-    {
-        ServersOf(proxy, words).ForEach(server => server.Balancer.Put(server, mode));
-        return "";
-    }
-
-    private static string GetWeight(Proxy proxy, string[] words) =>
-        ServersOf(proxy, words)[0] is var server ? $"{server.Weight} (initial {server.Upstream.Weight})" : "";
-
-    private static string SetWeight(Proxy proxy, string[] words, int index)
-    {
-        List<Server> servers = ServersOf(proxy, words);
-        bool isPercent = At(words, index).EndsWith('%');
-        int number = Count(Array.ConvertAll(words, word => word.TrimEnd('%')), index, "Require <weight> or <weight%>.");
-        servers.ForEach(server => _ = Weight(server) <= HeaviestWeight ? 0
-            : throw new FormatException($"Absolute weight can only be between 0 and {HeaviestWeight} inclusive."));
-        servers.ForEach(server => server.Balancer.Weigh(server, (int)Weight(server)));
-        return "";
-
-        long Weight(Server server) => isPercent ? (long)server.Upstream.Weight * number / 100 : number;
-    }
-
-    private static string SetServerLimit(Proxy proxy, string[] words)
-    {
-        List<Server> servers = ServersOf(proxy, words);
-        int most = Count(words, 1, "Require <maxconn>.");
-        servers.ForEach(server => server.Balancer.Bound(server, most));
-        return "";
-    }
-
-    private static string SetRouteLimit(Proxy proxy, string[] words)
-    {
-        List<Route> routes = words.Length > 0 ? RoutesOf(proxy, words[0], "frontend")
-            : throw new FormatException("A frontend name is expected.");
-        int most = Count(words, 1, "Integer value expected.");
-        routes.ForEach(route => route.Bound(most));
-        return "";
-    }
-
-    private static string SetLimit(Proxy proxy, string[] words)
-    {
-        proxy.Limit.Most = Count(words, 0, "Expects an integer value.");
-        proxy.Routes.ForEach(route => route.Line.Serve());
-        return "";
-    }
-
-    private static string Reload(Proxy proxy, string[] words)
-    {
-        bool isDry = words is ["dry-run"];
-        return words.Length > 0 && !isDry ? throw new FormatException("'reload' and 'reload dry-run' are all there is.")
-            : proxy.Reload(out string outcome, isDry) ? outcome : throw new FormatException(outcome);
-    }
-
-    // ---- connections
-
-    private static List<Bridge> Sessions(string? id = null)
-    {
-        bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
-        _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
-        List<Bridge> sessions = [];
-        foreach (Watched watched in Sweep.Snapshot())
-        {
-            if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
-            {
-                sessions.Add(bridge);
-            }
-        }
-
-        sessions.Sort((a, b) => a.Line.Id.CompareTo(b.Line.Id)); // the oldest first
-        return sessions;
-    }
-
-    private static string ShowSessions(Proxy proxy, string[] words)
-    {
-        List<Bridge> sessions = words.Length == 0 ? Sessions() : Sessions(words[0]);
-        StringBuilder text = new(words.Length > 0 && sessions.Count == 0 ? throw new FormatException("Session not found.") : "");
-        foreach (Bridge bridge in sessions)
-        {
-            ConnectionLine line = bridge.Line;
-            string protocol = line.Client is not IPEndPoint client ? "unix_stream"
-                : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
-            string route = Word(line.RouteStats.Title);
-            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
-                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
-        }
-
-        return text.ToString();
-    }
-
-    private static string ShutDownSession(Proxy proxy, string[] words)
-    {
-        List<Bridge> found = Sessions(words.Length > 0 ? words[0]
-            : throw new FormatException("Session pointer expected (use 'show sess')."));
-        (found.Count > 0 ? found[0] : throw new FormatException("No such session (use 'show sess').")).ShutDown();
-        return "";
-    }
-
-    private static string ShutDownSessions(Proxy proxy, string[] words)
-    {
-        List<ServerStats> servers = ServersOf(proxy, words).ConvertAll(server => server.Stats);
-        Sessions().FindAll(bridge => servers.Contains(bridge.Line.ServerStats!)).ForEach(bridge => bridge.ShutDown());
-        return "";
-    }
-
-    // ---- to look at
-
-    private static string ShowInfo(Proxy proxy, string[] words)
-    {
-        TimeSpan up = DateTime.UtcNow - proxy.StartedAt;
-        long files = Descriptors.Limit;
-        (long connections, long bytes) = (0, 0);
-        new Totals(proxy).Routes.ForEach(route =>
-            (connections, bytes) = (connections + route.Connections, bytes + route.BytesUp + route.BytesDown));
-        return $"""
-            Name: tcpproxy
-            Version: {TcpProxy.Help.Version}
-            Nbthread: {(proxy.Settings.Threads > 0 ? proxy.Settings.Threads : Environment.ProcessorCount)}
-            Nbproc: 1
-            Process_num: 1
-            Pid: {Environment.ProcessId}
-            Uptime: {up.Days}d {up.Hours}h{up.Minutes:00}m{up.Seconds:00}s
-            Uptime_sec: {Seconds(proxy.StartedAt)}
-            Ulimit-n: {files}
-            Maxsock: {files}
-            Maxconn: {(proxy.Limit.Most > 0 ? proxy.Limit.Most : files / 2)}
-            Hard_maxconn: {files / 2}
-            CurrConns: {proxy.Limit.Count}
-            CumConns: {connections}
-            node: {Environment.MachineName}
-            Stopping: {(proxy.IsDraining ? 1 : 0)}
-            Listeners: {proxy.Listeners}
-            DroppedLogs: {proxy.Log.DroppedInAll}
-            TotalBytesOut: {bytes}
-            Start_time_sec: {(long)(proxy.StartedAt - DateTime.UnixEpoch).TotalSeconds}
-
-            """;
-    }
-
-    private static string ShowRoutes(Proxy proxy, string[] words) =>
-        $"# name\n{string.Concat(proxy.Routes.ConvertAll(route => $"{Word(route.Title)}\n"))}";
-
-    /// <summary>HAProxy's format of version 1, with its numbers for states.</summary>
-    private static string ShowServers(Proxy proxy, string[] words)
-    {
-        List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
-        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
-            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
-            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
-            + "srv_agent_port\n");
-        foreach (Route route in routes)
-        {
-            int id = 0;
-            foreach (Server server in ServersOf(route))
-            {
-                IPEndPoint? target = server.Targets.Length > 0 ? server.Targets[0] as IPEndPoint : null;
-                string check = !server.IsChecked ? "1 0 2 0" : !server.IsDown ? "6 3 4 6" : "8 2 0 6";
-                text.Append($"{proxy.Routes.IndexOf(route) + 1} {Word(route.Title)} {++id} {Word(server.Title)} ")
-                    .Append(target?.Address.ToString() ?? Word(server.Upstream.Address.Text))
-                    .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
-                    .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
-                    .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
-                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
-            }
-        }
-
-        return text.ToString();
-    }
-
-    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
-    /// is any.</summary>
-    private static string ShowStat(Proxy proxy, string[] words)
-    {
-        (int types, int only) = (-1, -1);
-        if (words.Length > 0 && (words.Length != 3 || !int.TryParse(words[1], out types) || !int.TryParse(words[2], out only)))
-        {
-            throw new FormatException("usage: show stat [<route> <type> <sid>]; the answer is CSV");
-        }
-
-        _ = new Totals(proxy); // which has all of them look
-        string[] columns = Columns.Split(',');
-        StringBuilder text = new($"# {Columns},\n");
-        List<Route> routes = proxy.Routes;
-        for (int i = 0; i < routes.Count; i++)
-        {
-            bool isAsked = words.Length == 0 || words[0] == "-1" || words[0] == Text.Of(i + 1) || words[0] == routes[i].Title;
-            foreach (Dictionary<string, object> row in isAsked ? RowsOf(routes[i], i + 1) : [])
-            {
-                if ((types & (1 << (int)row["type"])) != 0 && (only < 0 || only == (int)row["sid"]))
-                {
-                    text.AppendJoin(',', Array.ConvertAll(columns, column => Cell(row.GetValueOrDefault(column)))).Append(",\n");
-                }
-            }
-        }
-
-        return text.ToString();
-    }
-
-    private static List<Dictionary<string, object>> RowsOf(Route route, int id)
-    {
-        List<Dictionary<string, object>> rows = [];
-        RouteStats stats = route.Stats;
-        Add("FRONTEND", 0, 0, "OPEN", stats, "slim", Bound(route.Limit.Most), "stot", stats.Connections - stats.Refused,
-            "conn_tot", stats.Connections, "dcon", stats.Refused);
-        (long connections, int weight, int active, int backup) = (0, 0, 0, 0);
-        foreach (ServerStats server in stats.Servers)
-        {
-            bool isUsable = server.State == "up";
-            int share = server.Weight * server.Percent / 100;
-            connections += server.Connections;
-            weight += isUsable ? share : 0;
-            active += isUsable && !server.IsBackup ? 1 : 0;
-            backup += isUsable && server.IsBackup ? 1 : 0;
-            Add(server.Title, 2, rows.Count, isUsable && !server.IsChecked ? "no check" : server.State.ToUpperInvariant(), server,
-                "slim", Bound(server.MaxConnections), "stot", server.Connections, "lbtot", server.Connections, "weight", share,
-                "uweight", server.Weight, "throttle", server.Percent < 100 ? server.Percent : "",
-                "act", server.IsBackup ? 0 : 1, "bck", server.IsBackup ? 1 : 0, "chkdown", server.Downs,
-                "lastchg", Seconds(server.Since), "last_chk", server.Check, "addr", server.Address,
-                "ctime", server.ConnectMicroseconds / Math.Max(1, server.Connections) / 1000);
-        }
-
-        Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
-            "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
-            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
-        return rows;
-
-        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
-        {
-            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
-                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
-                .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
-                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
-            Dictionary<string, object> row = [];
-            for (int i = 0; i < cells.Length; i += 2)
-            {
-                row[(string)cells[i]] = cells[i + 1];
-            }
-
-            rows.Add(row);
-        }
-
-        static object Bound(int most) => most > 0 ? most : "";
-    }
-
-    private static string Cell(object? value)
-    {
-        string text = $"{value}";
-        return text.AsSpan().IndexOfAny(",\"\n") < 0 ? text : $"\"{text.Replace("\"", "\"\"", StringComparison.Ordinal)}\"";
-    }
-
-    /// <summary>A name between blanks.</summary>
-    private static string Word(string name) => name.Replace(' ', '_');
-
-    private static long Seconds(DateTime since) => Math.Max(0, (long)(DateTime.UtcNow - since).TotalSeconds);
-
-    /// <summary>Its two largest units.</summary>
-    private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
-        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
-}
-
 /// <summary>--explain: what would become of a client, and why.</summary>
 internal sealed class ExplainQuery
 {
@@ -2517,125 +2645,7 @@ internal sealed class ExplainQuery
     }
 }
 
-/// <summary>--install-service: how the machine's service manager is to run this command line.</summary>
-internal static class ServiceText
-{
-    private const int Descriptors = 1 << 20; // as many as Linux lets any process have by itself (fs.nr_open)
-
-    // folders that systemd makes, and gives to the service's user
-    private static readonly string[] Tops = ["/run/", "/var/log/", "/var/lib/", "/var/cache/"];
-    private static readonly string[] Makers = ["RuntimeDirectory", "LogsDirectory", "StateDirectory", "CacheDirectory"];
-
-    /// <summary>The file, or the folder (which ends with a slash), that an option has us write.</summary>
-    private static string[] Written(Choice choice) => choice.Name switch
-    {
-        "log-file" or "pid-file" or "port-file" => [choice.Value],
-        "record" => [$"{choice.Value}/"],
-        "pcap" when choice.Value != "-" => [choice.Value],
-        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
-        _ => [],
-    };
-
-    internal static string Of(Settings settings, string[] typed)
-    {
-        string program = Environment.ProcessPath ?? Path.GetFullPath(Environment.GetCommandLineArgs()[0]);
-        string[] words = Array.FindAll(typed, word => word != "--install-service");
-        return OperatingSystem.IsWindows() ? Windows(program, words) : Unit(settings, program, words);
-    }
-
-    /// <summary>For cmd.exe: a command line, as a C program splits it, as one word of another.</summary>
-    internal static string Windows(string program, string[] words) =>
-        "sc.exe create tcpproxy start= auto obj= \"NT AUTHORITY\\LocalService\" binPath= "
-        + Text.QuoteForWindows(string.Join(' ', Array.ConvertAll([program, .. words], Text.QuoteForWindows))) + "\n";
-
-    internal static string Unit(Settings settings, string program, string[] words)
-    {
-        List<Choice> choices = [.. settings.Choices];
-        settings.Routes.ForEach(route => choices.AddRange(route.Choices));
-        List<string> written = [];
-        choices.ForEach(choice => written.AddRange(Written(choice)));
-        settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
-        List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
-        string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
-        paths = paths.ConvertAll(Path.GetFullPath);
-        paths.AddRange([program, folder ?? program]);
-        bool isPrivileged = settings.Routes.Exists(route => route.Listen!.IsPrivileged);
-        bool isUnix = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
-        bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
-        bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
-        string[] user = settings.User?.Split(':') ?? [];
-        StringBuilder unit = new();
-        Add("# /etc/systemd/system/tcpproxy.service\n[Unit]\nDescription=", "TCP proxy");
-        Add("Wants=", "network-online.target");
-        Add("After=", isPassed ? "network-online.target tcpproxy.socket" : "network-online.target");
-        Add("Requires=", isPassed ? "tcpproxy.socket" : null);
-        Add("\n[Service]\nType=", "notify");
-        Add("ExecStart=", string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
-            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]));
-        Add("ExecReload=", "/bin/kill -HUP $MAINPID");
-        Add("WorkingDirectory=", folder?.Replace("%", "%%", StringComparison.Ordinal));
-        Add("Restart=", settings.Once ? "no" : "on-failure");
-        Add("WatchdogSec=", "30s");
-        Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
-            : $"{Text.Of((long)settings.DrainTimeout.TotalSeconds + 5)}s");
-        Add("LimitNOFILE=", Text.Of(Descriptors));
-        Add("DynamicUser=", user.Length == 0 ? "yes" : null);
-        Add("User=", user.Length > 0 ? user[0] : null);
-        Add("Group=", user.Length > 1 ? user[1] : null);
-        Add("AmbientCapabilities=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
-        Add("CapabilityBoundingSet=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
-        Add("UMask=", isUnix ? "0007" : "0077"); // who connects to a unix socket must be allowed to write to it
-        AddFolders();
-        Add("ProtectSystem=", "strict");
-        Add("ProtectHome=", IsBelow("/home", "/root", "/run/user") ? "read-only" : "yes");
-        Add("PrivateTmp=", IsBelow("/tmp", "/var/tmp") ? "no" : "yes");
-        Add("""
-            NoNewPrivileges=yes
-            PrivateDevices=yes
-            ProtectClock=yes
-            ProtectControlGroups=yes
-            ProtectHostname=yes
-            ProtectKernelLogs=yes
-            ProtectKernelModules=yes
-            ProtectKernelTunables=yes
-            ProtectProc=invisible
-            ProcSubset=pid
-            RemoveIPC=yes
-            RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-            RestrictNamespaces=yes
-            RestrictRealtime=yes
-            RestrictSUIDSGID=yes
-            LockPersonality=yes
-            SystemCallArchitectures=native
-            SystemCallErrorNumber=EPERM
-            SystemCallFilter=@system-service
-            """, "");
-        Add("SystemCallFilter=", isFiltering ? null : "~@privileged @resources");
-        Add("MemoryDenyWriteExecute=", isFiltering ? null : "yes"); // a filter may compile as it runs
-        Add("\n[Install]\nWantedBy=", "multi-user.target");
-        return unit.ToString();
-
-        void Add(string key, string? value) => unit.Append(value is null ? "" : $"{key}{value}\n");
-
-        bool IsBelow(params string[] tops) =>
-            paths.Exists(path => Array.Exists(tops, top => $"{path}/".StartsWith($"{top}/", StringComparison.Ordinal)));
-
-        void AddFolders()
-        {
-            HashSet<string> known = [];
-            foreach (string path in written.ConvertAll(Path.GetFullPath))
-            {
-                string parent = Path.GetDirectoryName(path) ?? "/";
-                int top = Array.FindIndex(Tops, top => parent.StartsWith(top, StringComparison.Ordinal));
-                string line = top < 0 ? $"ReadWritePaths={Text.QuoteForSystemd($"-{parent}", isProgram: true)}"
-                    : $"{Makers[top]}={Text.QuoteForSystemd(parent[Tops[top].Length..], isProgram: true)}";
-                Add(line, known.Add(line) ? "" : null);
-            }
-        }
-    }
-}
-
-// == 4  ACCEPTOR ====================================================================================================
+// == 5  ACCEPTOR ====================================================================================================
 // Binds a listen address, which may be several sockets, and accepts until it is disposed. An error of accept() is the
 // client's (it left while it waited: go on) or the machine's (out of descriptors or memory: refuse those who wait,
 // with the help of one descriptor kept in reserve, and go on). It is never a reason to stop listening.
@@ -3013,7 +3023,7 @@ internal static class Exhaustion
     }
 }
 
-// == 5  ADMISSION ===================================================================================================
+// == 6  ADMISSION ===================================================================================================
 // Who may connect: who and when, how many at once and how many in a while, in all and from one address. Refusing is cheap,
 // and said only so often: nobody may fill a log by being refused.
 //
@@ -3593,7 +3603,7 @@ internal sealed class Refusals(string route, Log log) : Watched
     }
 }
 
-// == 6  UPSTREAMS ===================================================================================================
+// == 7  UPSTREAMS ===================================================================================================
 // The servers of a route: which one comes next, which one instead when it does not answer, and who waits when all are full.
 //
 // A server is one upstream, or one of the addresses of its name. Down is an opinion: where nothing else is left, servers
@@ -4703,7 +4713,7 @@ internal sealed class UpstreamPool(
     }
 }
 
-// == 7  CONNECT =====================================================================================================
+// == 8  CONNECT =====================================================================================================
 // From a name to a connected socket: look-ups that nobody else waits for, and all addresses tried (RFC 8305).
 
 internal sealed class ConnectSettings
@@ -4994,7 +5004,7 @@ internal static class Dialer
     }
 }
 
-// == 8  BRIDGE ======================================================================================================
+// == 9  BRIDGE ======================================================================================================
 // Owns the two sockets of a connection and the two pumps between them, from the moment both exist to the end:
 //
 //     Open ------ one side sends FIN (Finished) ------> HalfOpen ------ the other too (Finished) ------> Closed
@@ -5321,7 +5331,7 @@ internal class Bridge : PumpOwner, ISession
     }
 }
 
-// == 9  PUMP ========================================================================================================
+// == 10  PUMP =======================================================================================================
 // One direction of a bridge: receive, send, again. (6)
 //
 // A pump that waits for data holds no buffer, and yet no system call is spent on finding out whether there is data:
@@ -5891,7 +5901,7 @@ internal static class Pacer
     }
 }
 
-// == 10  TAPS =======================================================================================================
+// == 11  TAPS =======================================================================================================
 // What looks into the bytes of a direction, or changes them. Taps stand between a pump's receive and its target, in the
 // order of their options; each hands on what it makes of what it gets, and waits while those behind it do:
 //
@@ -7739,7 +7749,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
     }
 }
 
-// == 11  PREREAD ====================================================================================================
+// == 12  PREREAD ====================================================================================================
 // The first bytes of a connection, where a route asks for them: a PROXY header that says who the client is
 // (--accept-proxy), a TLS hello that says whom it wants (--sni), a PROXY header of our own to the server (--send-proxy).
 // What was read beyond the first header goes to the server unaltered. All this is over, and its buffer given back, when
@@ -8273,7 +8283,7 @@ internal sealed class FirstBytes : IDisposable
     }
 }
 
-// == 12  OPERATE ====================================================================================================
+// == 13  OPERATE ====================================================================================================
 // What those who run the proxy see of it and tell it: the page and the numbers of --stats, the connections of --control, and
 // whoever has started us and wants to know how we are. They look at the counters of OBSERVE; none of it is on the data path.
 
@@ -9348,7 +9358,7 @@ internal sealed class Supervisor : Watched
     }
 }
 
-// == 13  OBSERVE ====================================================================================================
+// == 14  OBSERVE ====================================================================================================
 // Log lines. Whoever has something to say puts it in a bounded queue and goes on; a thread of its own formats and
 // writes, to stderr, a file or a socket. A reader that does not read blocks that thread and nothing else: lines beyond
 // the queue are dropped, counted, and the count is said when the reader is back.
@@ -10475,7 +10485,7 @@ internal sealed class Series
     }
 }
 
-// == 14  PLATFORM ===================================================================================================
+// == 15  PLATFORM ===================================================================================================
 // What stands on the operating system and the runtime, and the words that people type: the sweep, the event loop's
 // settings, descriptors, socket options, libc; addresses, units, text. A libc call is never needed: where it is
 // missing, the portable path serves.

@@ -12,8 +12,8 @@ public sealed class MapTests
 {
     private static readonly string[] DesignOrder =
     [
-        "PROGRAM", "OPTIONS", "PROXY", "ACCEPTOR", "ADMISSION", "UPSTREAMS", "CONNECT", "BRIDGE", "PUMP", "TAPS",
-        "PREREAD", "OPERATE", "OBSERVE", "PLATFORM",
+        "PROGRAM", "OPTIONS", "COMMANDS", "PROXY", "ACCEPTOR", "ADMISSION", "UPSTREAMS", "CONNECT", "BRIDGE", "PUMP",
+        "TAPS", "PREREAD", "OPERATE", "OBSERVE", "PLATFORM",
     ];
 
     private static readonly List<(int Number, string Name, string Text)> Sections = Split(Source.Program);
