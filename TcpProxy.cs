@@ -971,6 +971,8 @@ internal static class Help
         Signals:
           TERM, INT  drain: stop accepting, let connections finish; a second one ends at once
           HUP        read the --config file and the lists of --allow and --deny again, and apply what is different
+          USR1       open the --log-file again, for those who rotate it
+          USR2       say in the log how things stand: routes, servers, connections, memory
         Exit status:
           0 done, 1 failed at run time, 2 wrong usage or configuration
 
