@@ -15,6 +15,7 @@ internal sealed class Upstream : IDisposable
     private readonly Func<Peer, Task>? _serve;
     private readonly Channel<Peer> _waiting = Channel.CreateUnbounded<Peer>();
     private readonly List<Peer> _peers = [];
+    private readonly CancellationTokenSource _stopping = new();
     private volatile bool _closing;
     private volatile bool _isRefusing;
     private int _accepted;
@@ -70,6 +71,7 @@ internal sealed class Upstream : IDisposable
     public void Refuse()
     {
         _isRefusing = true;
+        _stopping.Cancel(); // an accept that pends while its socket is closed closes whom it has just taken
         _socket.Dispose();
     }
 
@@ -77,6 +79,7 @@ internal sealed class Upstream : IDisposable
     {
         _closing = true;
         _socket.Dispose();
+        _stopping.Dispose();
         lock (_peers)
         {
             _peers.ForEach(p => p.Dispose());
@@ -89,10 +92,10 @@ internal sealed class Upstream : IDisposable
         {
             while (true)
             {
-                Take(new Peer(await _socket.AcceptAsync()));
+                Take(new Peer(await _socket.AcceptAsync(_stopping.Token)));
             }
         }
-        catch (Exception e) when (e is ObjectDisposedException || (e is SocketException && (_closing || _isRefusing)))
+        catch (Exception e) when (e is ObjectDisposedException or OperationCanceledException || (e is SocketException && (_closing || _isRefusing)))
         {
             _waiting.Writer.TryComplete();
         }
