@@ -259,6 +259,22 @@ internal static class Wait
         }
     }
 
+    /// <summary>Until a count that has begun to grow has not grown for half a second.</summary>
+    public static async Task<long> UntilStill(Func<long> count, string what, double seconds = 20)
+    {
+        long start = Environment.TickCount64;
+        long last;
+        do
+        {
+            Assert.True(Environment.TickCount64 - start < seconds * 1000, $"not still within {seconds} s: {what}");
+            last = count();
+            await Pause(500);
+        }
+        while (last == 0 || last != count());
+
+        return last;
+    }
+
     /// <summary>
     /// Lets time pass where time itself is what a test is about, or asks again in a moment.
     /// </summary>

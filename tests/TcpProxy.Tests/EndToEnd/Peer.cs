@@ -25,6 +25,24 @@ internal sealed class Peer(Socket socket) : IDisposable
     /// </summary>
     public async Task<int> SendSome(ReadOnlyMemory<byte> data) => await Socket.SendAsync(data);
 
+    /// <summary>Sends as much as there is room for until the connection ends, or the test.</summary>
+    public async Task Push(Action<int>? sent = null)
+    {
+        byte[] block = new byte[64 * 1024];
+        try
+        {
+            while (true)
+            {
+                int count = await SendSome(block).ConfigureAwait(false);
+                sent?.Invoke(count);
+            }
+        }
+        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        {
+            // that was the end
+        }
+    }
+
     public async Task<int> ReceiveSome(Memory<byte> buffer) => await Socket.ReceiveAsync(buffer);
 
     public static async Task<Peer> Connect(EndPoint to, EndPoint? from = null)

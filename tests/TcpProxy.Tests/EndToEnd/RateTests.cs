@@ -2,7 +2,6 @@ using System;
 using System.Collections.Generic;
 using System.Diagnostics;
 using System.Linq;
-using System.Net.Sockets;
 using System.Threading;
 using System.Threading.Tasks;
 using Xunit;
@@ -29,7 +28,7 @@ public sealed class RateTests : EndToEndTest
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         bool isUp = option.EndsWith("up", StringComparison.Ordinal);
         (Peer writer, Peer reader) = isUp ? (client, server) : (server, client);
-        _ = Push(writer, () => { });
+        _ = writer.Push();
         List<(double Time, long Bytes)> seen = await Watch(reader, seconds: 5.5);
 
         (double time, long bytes) = seen.First(e => e.Time > 0.5); // after what a full bucket gives at once
@@ -60,7 +59,7 @@ public sealed class RateTests : EndToEndTest
         for (int i = 0; i < Count; i++)
         {
             (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
-            _ = Push(server, () => { });
+            _ = server.Push();
             readers.Add(client);
         }
 
@@ -89,7 +88,7 @@ public sealed class RateTests : EndToEndTest
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         long before = proxy.Resident;
         long sent = 0;
-        _ = Push(client, () => Interlocked.Add(ref sent, 64 * Kilo));
+        _ = client.Push(count => Interlocked.Add(ref sent, count));
         long received = (await Watch(server, 3))[^1].Bytes;
         Assert.InRange(Interlocked.Read(ref sent) - received, 0, 16 * Mega); // in the kernel's queues
         Assert.InRange(proxy.Resident - before, long.MinValue, 2 * Mega);
@@ -125,7 +124,7 @@ public sealed class RateTests : EndToEndTest
             "-l", "127.0.0.1:0", "-u", upstream.Address, "--rate-up", "100k/s", "--max-bytes-up", "77777",
             "-l", "127.0.0.1:0", "-u", upstream.Address, "--rate-total-up", "1/s", "--max-lifetime", "1s");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
-        _ = Push(client, () => { });
+        _ = client.Push();
         Assert.Equal(77_777, (await server.ReceiveToEnd()).Length);
         server.Finish();
         Assert.Equal(("PD", 77_777), ((await proxy.Connection(client)).End, (await proxy.Connection(client)).BytesUp));
@@ -170,29 +169,8 @@ public sealed class RateTests : EndToEndTest
     {
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--rate-up", "10m/s", "--rate-down", "100k/s");
         Peer client = await Given.Client(proxy);
-        _ = Push(client, () => { });
+        _ = client.Push();
         Assert.InRange((await Watch(client, 3))[^1].Bytes / (300.0 * Kilo), 0.9, 1.1);
-    }
-
-    private static async Task Push(Peer peer, Action sent)
-    {
-        byte[] block = new byte[64 * Kilo];
-        try
-        {
-            while (true)
-            {
-                for (int at = 0; at < block.Length;)
-                {
-                    at += await peer.SendSome(block.AsMemory(at)).ConfigureAwait(false);
-                }
-
-                sent();
-            }
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            // the end of the connection, or of the test
-        }
     }
 
     /// <summary>How much had come in all, each time that something came.</summary>

@@ -381,7 +381,8 @@ public sealed class SoakTests : EndToEndTest
         double span = late[^1].Time - late[0].Time;
         string words = $"resident {bytes / 1024:0} KB on average, {late.Max(s => s.Bytes) / 1024} at most; "
             + $"slope {slope * 60 / 1024:0.0} KB a minute over {span:0} s";
-        TestContext.Current.TestOutputHelper?.WriteLine(words);
+        TestContext.Current.TestOutputHelper?.WriteLine(
+            $"{words}; over time: {string.Join(' ', resident.Select(s => s.Bytes / 1024))}");
         Assert.True(slope * span < Slack, words);
     }
 

@@ -15,7 +15,6 @@ namespace TcpProxy.Tests;
 [Collection("heavy")]
 public sealed class ToxicTests : EndToEndTest
 {
-    private const int Kilo = 1 << 10;
     private const int Mega = 1 << 20;
 
     [Theory(Timeout = Quick)]
@@ -84,17 +83,8 @@ public sealed class ToxicTests : EndToEndTest
         await line.From.Send(new byte[1]);
         long before = line.Proxy.Resident;
         long sent = 0;
-        _ = Push(line.From, () => Interlocked.Add(ref sent, 64 * Kilo));
-        long last = -1;
-        await Wait.Until(
-            () =>
-            {
-                Thread.Sleep(300);
-                bool isStill = last == Interlocked.Read(ref sent);
-                last = Interlocked.Read(ref sent);
-                return isStill && last > 0;
-            },
-            "the sender waits");
+        _ = line.From.Push(count => Interlocked.Add(ref sent, count));
+        long last = await Wait.UntilStill(() => Interlocked.Read(ref sent), "the sender");
         Assert.InRange(last, 3 * Mega, 24 * Mega); // with what the kernel's queues hold
         Assert.InRange(line.Proxy.Resident - before, long.MinValue, 12 * Mega);
     }
@@ -136,7 +126,7 @@ public sealed class ToxicTests : EndToEndTest
     public async Task Bandwidth_is_within_three_percent(string rate, string stream, int expected)
     {
         Line line = await Toxic($"bandwidth {rate} stream={stream}", stream);
-        _ = Push(line.From, () => { });
+        _ = line.From.Push();
         long total = 0;
         (double Time, long Bytes) first = default;
         Stopwatch clock = Stopwatch.StartNew();
@@ -287,8 +277,8 @@ public sealed class ToxicTests : EndToEndTest
     public async Task Limit_data_passes_exactly_that_much_and_closes_in_order(string stream, string bytes, int length)
     {
         Line line = await Toxic($"limit_data {bytes} stream={stream}", stream);
-        _ = Push(line.From, () => { });
-        _ = Push(line.To, () => { }); // what nobody receives at the end must not destroy what is on its way
+        _ = line.From.Push();
+        _ = line.To.Push(); // what nobody receives at the end must not destroy what is on its way
         byte[] data = await line.To.ReceiveToEnd();
         Assert.Equal(length, data.Length);
         LogLine log = await line.Proxy.Connection(line.Client);
@@ -299,8 +289,8 @@ public sealed class ToxicTests : EndToEndTest
     public async Task Limit_data_destroys_nothing_that_is_still_on_its_way()
     {
         Line line = await Toxic("limit_data bytes=3m", "downstream");
-        _ = Push(line.From, () => { });
-        _ = Push(line.To, () => { });
+        _ = line.From.Push();
+        _ = line.To.Push();
         await Wait.Pause(300); // nearly all of it waits in the proxy's socket
         Assert.Equal(3 * Mega, (await line.To.ReceiveToEnd()).Length);
     }
@@ -472,26 +462,5 @@ public sealed class ToxicTests : EndToEndTest
         }
 
         return times;
-    }
-
-    private static async Task Push(Peer peer, Action sent)
-    {
-        byte[] block = new byte[64 * Kilo];
-        try
-        {
-            while (true)
-            {
-                for (int at = 0; at < block.Length;)
-                {
-                    at += await peer.SendSome(block.AsMemory(at)).ConfigureAwait(false);
-                }
-
-                sent();
-            }
-        }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
-        {
-            // the end of the connection, or of the test
-        }
     }
 }
