@@ -165,6 +165,7 @@ internal static class Program
             Version = Help.Version,
             Answer = ControlCommand.Answer,
         };
+        Signals.TakeHangUp();
         _signals =
         [
             PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed),
@@ -10674,9 +10675,18 @@ internal sealed class Rest
     }
 }
 
-/// <summary>USR1 and USR2, where there are any.</summary>
 internal static class Signals
 {
+    /// <summary>Under nohup HUP comes ignored, which the runtime respects: it would not reload.</summary>
+    internal static void TakeHangUp()
+    {
+        if (Libc.IsThere)
+        {
+            _ = Libc.Signal(Libc.SigHangUp, Libc.DefaultAction);
+        }
+    }
+
+    /// <summary>USR1 and USR2, where there are any.</summary>
     internal static PosixSignalRegistration? OfUser(int number, Action heed)
     {
         (int first, int step) = OperatingSystem.IsLinux() ? (10, 2) : (30, 1); // macOS and the BSDs
@@ -11336,7 +11346,7 @@ internal sealed class Child
             _ = Libc.Fcntl(i, Libc.SetDescriptorFlags, Libc.CloseOnExec);
         }
 
-        _ = Libc.Signal(Libc.SigChild, 0); // SIG_DFL
+        _ = Libc.Signal(Libc.SigChild, Libc.DefaultAction);
     }
 
     /// <summary>Blocks until its program is loaded; null when it is not. Our environment is added to its own.</summary>
@@ -11611,6 +11621,8 @@ internal static partial class Libc
     internal const int StreamSocket = 1;
     internal const int CloseOnExecSocket = 0x80000;
     internal const int Emfile = 24;
+    internal const int DefaultAction = 0; // SIG_DFL
+    internal const int SigHangUp = 1;
     internal const int SigKill = 9;
     internal const int SigChild = 17;
     internal const int WaitAny = 0; // P_ALL

@@ -124,6 +124,15 @@ public sealed class ReloadTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Under_nohup_HUP_reloads_all_the_same()
+    {
+        Tool.NeedLibc("the runtime leaves HUP ignored");
+        ProxyProcess proxy = await Given.Proxy(
+            new Launch { Before = ["nohup"], Chatter = ["nohup: "] }, "-c", Given.Write("conf", "listen 127.0.0.1:0\nupstream echo\n"));
+        await Reload(proxy, "listen 127.0.0.1:0\nupstream echo\nidle-timeout 5s\n", "~ route 127.0.0.1:0: idle-timeout 1h -> 5s");
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Connections_count_until_they_end_whatever_their_route_has_become()
     {
         string file = Given.Write("conf", "max-connections 10\nlisten 127.0.0.1:0\nname web\nupstream echo\nmax-connections 3\n");

@@ -362,6 +362,7 @@ public sealed class SoakTests : EndToEndTest
             + $"log {all}; counters {counted["conn_tot"]} connections, {counted["bin"]} up, {counted["bout"]} down\n"
             + $"events {string.Join(' ', events.Order())}");
         Assert.DoesNotContain("internal-error", events);
+        Assert.Superset(new HashSet<string> { "reload", "server", "draining", "stopped" }, events);
         Assert.Equal(_clean.ToString(), said["127.8"].ToString());
         Assert.Equal(_cut, broken);
         Assert.True(_cut * 50 <= _clean.Connections, $"{_cut} of {_clean.Connections} clean conversations were cut");
