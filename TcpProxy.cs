@@ -2343,7 +2343,7 @@ internal sealed class Proxy : IObserved
             AccessRules rules = route.Settings.Access; // (2)
             reason = rules.IsEmpty || route.Settings.Preread.IsSender(line.Client) ? null : rules.Refuse(line.Client);
             reason ??= route.TryEnter();
-            if (reason == CloseReason.LimitReached && route.Line.Most > 0)
+            if (reason == CloseReason.LimitReached)
             {
                 reason = await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line);
             }
@@ -4328,7 +4328,8 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
         {
             if (_waiters.Count >= Most)
             {
-                waiter.Outcome.SetResult(full);
+                bool hasRoom = _waiters.Count == 0 && waiter.TryEnter(); // a reload may have made room for the line that it ends
+                waiter.Outcome.SetResult(hasRoom ? null : full);
                 return;
             }
 
@@ -6293,7 +6294,7 @@ internal sealed class Spool(string name)
     private const int Enough = 1 << 20; // that the writer wakes for before their time
     private const int Gather = 10; // ms: their time
     private const int Look = 1000; // ms between two looks at whether it gets on
-    private const int Patience = 5; // looks
+    private const int Patience = 6; // looks: five seconds at least
 
     private readonly byte[] _ring = GC.AllocateUninitializedArray<byte>(Size);
     private readonly Queue<Piece> _pieces = []; // under the gate, as all below

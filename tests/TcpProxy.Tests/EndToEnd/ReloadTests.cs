@@ -264,7 +264,8 @@ public sealed class ReloadTests : EndToEndTest
         await client.ExpectEnd();
         await Wait.Until(() => DescriptorOf(proxy, gone) is null, "the old capture to be closed");
         Assert.Equal(open, DescriptorOf(proxy, kept));
-        Assert.Equal("beforeafter", File.ReadAllText(Assert.Single(Directory.GetFiles(folder, "ds_*"))));
+        string recorded = Assert.Single(Directory.GetFiles(folder, "ds_*"));
+        await Wait.Until(() => File.ReadAllText(recorded) == "beforeafter", "all of it to be recorded");
         Assert.Contains("after", Encoding.Latin1.GetString(File.ReadAllBytes(gone)), StringComparison.Ordinal);
         await Reload(proxy, route + $"record {folder}\n");
         Peer third = await Given.Client(proxy);

@@ -81,7 +81,7 @@ public sealed class PumpTests
     [Fact(Timeout = 30_000)]
     public async Task A_pipe_that_was_left_with_bytes_in_it_gives_them_to_nobody_else()
     {
-        Assert.SkipUnless(System.OperatingSystem.IsLinux(), "splice(2) is Linux's");
+        Tool.NeedLibc("splice");
         (Socket first, Socket firstFar) = await PairAsync();
         (Socket second, Socket secondFar) = await PairAsync();
         (Socket target, Socket targetFar) = await PairAsync();
