@@ -105,6 +105,11 @@ public sealed class ReloadLoadTests : EndToEndTest
         Tool.Need("bash", "bash");
         File.Copy(ProxyProcess.Binary, Given.Path("binary0"));
         File.Copy(ProxyProcess.Binary, Given.Path("binary1"));
+        foreach (string library in Tool.IsPortable ? Directory.GetFiles(Path.GetDirectoryName(ProxyProcess.Binary)!) : [])
+        {
+            File.Copy(library, Given.Path(Path.GetFileName(library)));
+        }
+
         Upstream server = Given.Echo();
         int port = Given.FreePorts(1);
         string script = Given.Write("supervisor", $$"""
