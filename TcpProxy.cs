@@ -228,7 +228,7 @@ internal static class Program
 
 // == 2  OPTIONS =====================================================================================================
 // An option is one row of Option.Table. The parser, both helps, the configuration file and the README's reference
-// (Unit/ReadmeTests.cs) are made from that row. Anything wrong in what was typed is a FormatException whose message
+// (Unit/HelpTests.cs) are made from that row. Anything wrong in what was typed is a FormatException whose message
 // is the line that the user reads: where, what was wrong, what was probably meant.
 
 /// <summary>Where an option holds.</summary>
@@ -244,8 +244,8 @@ internal enum Scope
 /// applied by the same code as a typed value, so the default that help shows is the one in force. The first
 /// sentence of <paramref name="help"/> is the short help.</summary>
 internal sealed class Option(
-    string name, char letter, string value, string group, Scope scope, string fallback, string help,
-    Action<Settings, RouteSettings, string> apply, bool isList = false)
+    string name, string value, string group, string fallback, Action<Settings, RouteSettings, string> apply, string help,
+    Scope scope = Scope.Route, bool isList = false, char letter = '\0')
 {
     internal string Name { get; } = name;
     internal char Letter { get; } = letter;
@@ -262,322 +262,264 @@ internal sealed class Option(
 
     internal static readonly Option[] Table =
     [
-        new("listen", 'l', "ADDR", "route", Scope.Route, "",
-            "Accept clients at ADDR; starts a route. The options that follow belong to it; those before the first "
-            + "--listen are defaults for every route.",
-            (_, r, v) => r.Listen = ListenAddress.Parse(v)),
-        new("upstream", 'u', "ADDR", "route", Scope.Route, "",
+        new("listen", "ADDR", "route", "", (_, r, v) => r.Listen = ListenAddress.Parse(v),
+            "Accept clients at ADDR; starts a route. The options that follow belong to it; those before the first --listen are "
+            + "defaults for every route.", letter: 'l'),
+        new("upstream", "ADDR", "route", "", (_, r, v) => r.Add(UpstreamSettings.Parse(v)),
             "Relay them to ADDR; of several, and of the addresses of a name, to the one that --balance picks. Settings may "
-            + "follow: weight=N is its share (1; 0 to 256, 0 = no new connections), backup keeps it for when no other can "
-            + "take one, max-connections=N bounds it (off), slow-start=TIME is how long its share grows when it is back "
-            + "after a failure (10s), name=TEXT is what the log and --balance source call it (as it is written).",
-            (_, r, v) => r.Add(UpstreamSettings.Parse(v)), isList: true),
-        new("sni", '\0', "NAME[,NAME...]", "route", Scope.Route, "",
+            + "follow: weight=N is its share (1; 0 to 256, 0 = no new connections), backup keeps it for when no other can take "
+            + "one, max-connections=N bounds it (off), slow-start=TIME is how long its share grows when it is back after a "
+            + "failure (10s), name=TEXT is what the log and --balance source call it "
+            + "(as it is written).", isList: true, letter: 'u'),
+        new("sni", "NAME[,NAME...]", "route", "", (_, r, v) => r.ServerNames = ServerName.ParseList(v),
             "The upstreams that follow serve the TLS clients that ask for NAME. *.example.com stands for all names below "
-            + "example.com; an exact name wins over it, and a longer one over a shorter. Upstreams before any --sni serve "
-            + "all others; without them, others are refused. TLS goes through as it is.",
-            (_, r, v) => r.ServerNames = ServerName.ParseList(v), isList: true),
-        new("name", '\0', "TEXT", "route", Scope.Route, "",
-            "Call the route TEXT in the log. Without it, it is called as its listen address is written.",
-            (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character")),
+            + "example.com; an exact name wins over it, and a longer one over a shorter. Upstreams before any --sni serve all "
+            + "others; without them, others are refused. TLS goes through as it is.", isList: true),
+        new("name", "TEXT", "route", "",
+            (_, r, v) => r.Name = v.Length > 0 ? v : throw new FormatException("a name has at least one character"),
+            "Call the route TEXT in the log. Without it, it is called as its listen address is written."),
 
-        new("balance", '\0', "POLICY", "balance", Scope.Route, "leastconn",
+        new("balance", "POLICY", "balance", "leastconn",
+            (_, r, v) => r.Pool.Policy = (Policy)Text.ParseWord(v, "policy", RouteSettings.Policies),
             "Pick servers by POLICY, in proportion to their weights. leastconn: the one with the fewest connections, "
             + "roundrobin: each in turn, random: the better of two draws, source: always the same for a client's address "
-            + "(Maglev; on every proxy with the same upstreams), first: the first that has room for one more.",
-            (_, r, v) => r.Pool.Policy = (Policy)Text.ParseWord(
-                v, "policy", "leastconn", "roundrobin", "random", "source", "first")),
+            + "(Maglev; on every proxy with the same upstreams), first: the first that has room for one more."),
 
-        new("connect-timeout", '\0', "TIME", "connect", Scope.Route, "5s",
+        new("connect-timeout", "TIME", "connect", "5s", (_, r, v) => r.Connect.Timeout = Units.ParseTime(v),
             "Give up a server that does not answer within TIME, the look-up of its name included. With --retries a client "
-            + "waits for up to 1 + N times as long.",
-            (_, r, v) => r.Connect.Timeout = Units.ParseTime(v)),
-        new("retries", '\0', "N", "connect", Scope.Route, "3",
-            "After a failed connect, try up to N other servers of the route. The other addresses of a name do not count: "
-            + "they are all tried, and are dialled beside one that has not answered within 250 ms.",
-            (_, r, v) => r.Connect.Retries = Units.ParseCount(v)),
-        new("source", '\0', "ADDR", "connect", Scope.Route, "",
-            "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached.",
+            + "waits for up to 1 + N times as long."),
+        new("retries", "N", "connect", "3", (_, r, v) => r.Connect.Retries = Units.ParseCount(v),
+            "After a failed connect, try up to N other servers of the route. The other addresses of a name do not count: they "
+            + "are all tried, and are dialled beside one that has not answered within 250 ms."),
+        new("source", "ADDR", "connect", "",
             (_, r, v) => r.Connect.Source = IPAddress.TryParse(v, out IPAddress? address) ? address
-                : throw new FormatException($"'{v}' is not an IP address")),
-        new("send-proxy", '\0', "off|v1|v2", "connect", Scope.Route, "off",
-            "Tell servers the client's address in a PROXY protocol header. The built-in servers get none.",
-            (_, r, v) => r.Connect.SendProxy = (ProxyVersion)Text.ParseWord(v, "version", "off", "v1", "v2")),
-        new("resolve", '\0', "TIME", "connect", Scope.Route, "30s",
-            "Keep the addresses of a server's name for TIME. A name is resolved when it is first needed, again when "
-            + "TIME has passed or its addresses fail; while it does not resolve, the last known addresses serve.",
-            (_, r, v) => r.Connect.Resolve = Units.ParseTime(v)),
+                : throw new FormatException($"'{v}' is not an IP address"),
+            "Connect to servers from this local address. Only servers of its family (IPv4 or IPv6) can be reached."),
+        new("send-proxy", "off|v1|v2", "connect", "off",
+            (_, r, v) => r.Connect.SendProxy = (ProxyVersion)Text.ParseWord(v, "version", "off", "v1", "v2"),
+            "Tell servers the client's address in a PROXY protocol header. The built-in servers get none."),
+        new("resolve", "TIME", "connect", "30s", (_, r, v) => r.Connect.Resolve = Units.ParseTime(v),
+            "Keep the addresses of a server's name for TIME. A name is resolved when it is first needed, again when TIME has "
+            + "passed or its addresses fail; while it does not resolve, the last known addresses serve."),
 
-        new("max-fails", '\0', "N", "health", Scope.Route, "3",
-            "Take a server for down after N failed connects, none later than --fail-timeout after the one before. When "
-            + "all are down, all are tried. A lone server is never taken for down.",
-            (_, r, v) => r.Pool.MaxFails = Units.ParseCount(v)),
-        new("fail-timeout", '\0', "TIME", "health", Scope.Route, "10s",
-            "Leave a server that is down alone for TIME; then one client tries it, and the others when that went well.",
-            (_, r, v) => r.Pool.FailTimeout = Units.ParseTime(v)),
-        new("check", '\0', "TIME", "health", Scope.Route, "off",
-            "Connect to each server every TIME (10 % more or less) to see whether it is up.",
-            (_, r, v) => r.Pool.Check = Units.ParseTime(v)),
-        new("check-rise", '\0', "N", "health", Scope.Route, "2",
-            "A server is up again after N checks in a row that went well.",
-            (_, r, v) => r.Pool.CheckRise = Units.ParseCount(v, least: 1)),
-        new("check-fall", '\0', "N", "health", Scope.Route, "3",
-            "A server is down after N checks in a row that did not.",
-            (_, r, v) => r.Pool.CheckFall = Units.ParseCount(v, least: 1)),
-        new("check-send", '\0', "TEXT", "health", Scope.Route, "",
-            "A check sends TEXT. \\n \\r \\t \\0 \\\\ and \\xNN stand for bytes.",
-            (_, r, v) => r.Pool.CheckSend = Text.Unescape(v)),
-        new("check-expect", '\0', "TEXT", "health", Scope.Route, "",
-            "A check goes well only if TEXT is in the first 16k of the answer. Escapes as in --check-send.",
-            (_, r, v) => r.Pool.CheckExpect = Text.Unescape(v)),
+        new("max-fails", "N", "health", "3", (_, r, v) => r.Pool.MaxFails = Units.ParseCount(v),
+            "Take a server for down after N failed connects, none later than --fail-timeout after the one before. When all are "
+            + "down, all are tried. A lone server is never taken for down."),
+        new("fail-timeout", "TIME", "health", "10s", (_, r, v) => r.Pool.FailTimeout = Units.ParseTime(v),
+            "Leave a server that is down alone for TIME; then one client tries it, and the others when that went well."),
+        new("check", "TIME", "health", "off", (_, r, v) => r.Pool.Check = Units.ParseTime(v),
+            "Connect to each server every TIME (10 % more or less) to see whether it is up."),
+        new("check-rise", "N", "health", "2", (_, r, v) => r.Pool.CheckRise = Units.ParseCount(v, least: 1),
+            "A server is up again after N checks in a row that went well."),
+        new("check-fall", "N", "health", "3", (_, r, v) => r.Pool.CheckFall = Units.ParseCount(v, least: 1),
+            "A server is down after N checks in a row that did not."),
+        new("check-send", "TEXT", "health", "", (_, r, v) => r.Pool.CheckSend = Text.Unescape(v),
+            "A check sends TEXT. \\n \\r \\t \\0 \\\\ and \\xNN stand for bytes."),
+        new("check-expect", "TEXT", "health", "", (_, r, v) => r.Pool.CheckExpect = Text.Unescape(v),
+            "A check goes well only if TEXT is in the first 16k of the answer. Escapes as in --check-send."),
 
-        new("max-connections", '\0', "N", "limits", Scope.Route, "off",
+        new("max-connections", "N", "limits", "off", (_, r, v) => r.MaxConnections = Units.ParseCount(v),
             "Close at once what comes beyond N connections and finds no place in the --queue. Before the first --listen it "
-            + "also bounds the sum over all routes.",
-            (_, r, v) => r.MaxConnections = Units.ParseCount(v)),
-        new("max-connections-per-ip", '\0', "N", "limits", Scope.Route, "off",
-            "The same for one client address, which is the one in the PROXY header where --accept-proxy reads one.",
-            (_, r, v) => r.Limits.MaxPerAddress = Units.ParseCount(v)),
-        new("ip6-prefix", '\0', "BITS", "limits", Scope.Route, "64",
-            "Of IPv6, so many bits are one client address.",
-            (_, r, v) => r.Limits.Ip6Prefix = Units.ParseCount(v, least: 1, most: 128)),
-        new("connect-rate", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
-            "Close at once what comes faster than N connections a second (N/m: a minute). Up to BURST may come at once (N).",
-            (_, r, v) => r.Limits.Rate = ConnectRate.Parse(v)),
-        new("connect-rate-per-ip", '\0', "N/s [BURST]", "limits", Scope.Route, "off",
+            + "also bounds the sum over all routes."),
+        new("max-connections-per-ip", "N", "limits", "off", (_, r, v) => r.Limits.MaxPerAddress = Units.ParseCount(v),
+            "The same for one client address, which is the one in the PROXY header where --accept-proxy reads one."),
+        new("ip6-prefix", "BITS", "limits", "64", (_, r, v) => r.Limits.Ip6Prefix = Units.ParseCount(v, least: 1, most: 128),
+            "Of IPv6, so many bits are one client address."),
+        new("connect-rate", "N/s [BURST]", "limits", "off", (_, r, v) => r.Limits.Rate = ConnectRate.Parse(v),
+            "Close at once what comes faster than N connections a second (N/m: a minute). Up to BURST may come at once (N)."),
+        new("connect-rate-per-ip", "N/s [BURST]", "limits", "off", (_, r, v) => r.Limits.RatePerAddress = ConnectRate.Parse(v),
             "The same for one client address. A route keeps count of 131,072 addresses in 3 MB; where there are too many with "
-            + "connections, some are not counted, and the log says so.",
-            (_, r, v) => r.Limits.RatePerAddress = ConnectRate.Parse(v)),
-        new("refuse", '\0', "close|reset", "limits", Scope.Route, "close",
+            + "connections, some are not counted, and the log says so."),
+        new("refuse", "close|reset", "limits", "close",
+            (_, r, v) => r.Limits.IsResetting = Text.ParseWord(v, "way", "close", "reset") == 1,
             "Close clients that are refused in good order (FIN), or reset them (RST). Of a flood of them the log has 100 lines "
-            + "a second, and how many were left out.",
-            (_, r, v) => r.Limits.IsResetting = Text.ParseWord(v, "way", "close", "reset") == 1),
-        new("queue", '\0', "N", "limits", Scope.Route, "0",
-            "When every server has its max-connections, or the route, let up to N clients wait in order. Beyond that they "
-            + "are closed at once.",
-            (_, r, v) => r.Pool.Queue = Units.ParseCount(v)),
-        new("queue-timeout", '\0', "TIME", "limits", Scope.Route, "5s",
-            "Close a client that has waited for TIME.",
-            (_, r, v) => r.Pool.QueueTimeout = Units.ParseTime(v)),
-        new("max-bytes-up", '\0', "SIZE", "limits", Scope.Route, "off",
-            "End a connection when exactly SIZE bytes have passed from the client.",
-            (_, r, v) => r.Bridge.MaxBytesUp = Units.ParseSize(v)),
-        new("max-bytes-down", '\0', "SIZE", "limits", Scope.Route, "off",
-            "End a connection when exactly SIZE bytes have passed to the client.",
-            (_, r, v) => r.Bridge.MaxBytesDown = Units.ParseSize(v)),
-        new("rate-up", '\0', "RATE", "limits", Scope.Route, "off",
+            + "a second, and how many were left out."),
+        new("queue", "N", "limits", "0", (_, r, v) => r.Pool.Queue = Units.ParseCount(v),
+            "When every server has its max-connections, or the route, let up to N clients wait in order. Beyond that they are "
+            + "closed at once."),
+        new("queue-timeout", "TIME", "limits", "5s", (_, r, v) => r.Pool.QueueTimeout = Units.ParseTime(v),
+            "Close a client that has waited for TIME."),
+        new("max-bytes-up", "SIZE", "limits", "off", (_, r, v) => r.Bridge.MaxBytesUp = Units.ParseSize(v),
+            "End a connection when exactly SIZE bytes have passed from the client."),
+        new("max-bytes-down", "SIZE", "limits", "off", (_, r, v) => r.Bridge.MaxBytesDown = Units.ParseSize(v),
+            "End a connection when exactly SIZE bytes have passed to the client."),
+        new("rate-up", "RATE", "limits", "off", (_, r, v) => r.Bridge.RateUp = Units.ParseRate(v),
             "Let no more than RATE bytes pass from the client of each connection, as in 512k/s. What comes faster is not "
-            + "received before its time, so the sender slows down. After a pause at most 50 ms' worth passes at once.",
-            (_, r, v) => r.Bridge.RateUp = Units.ParseRate(v)),
-        new("rate-down", '\0', "RATE", "limits", Scope.Route, "off",
-            "The same, to the client.",
-            (_, r, v) => r.Bridge.RateDown = Units.ParseRate(v)),
-        new("rate-total-up", '\0', "RATE", "limits", Scope.Route, "off",
-            "The same from all clients of the route together. Those who send have equal parts of it.",
-            (_, r, v) => r.Bridge.RateTotalUp = Units.ParseRate(v)),
-        new("rate-total-down", '\0', "RATE", "limits", Scope.Route, "off",
-            "The same to all clients of the route together.",
-            (_, r, v) => r.Bridge.RateTotalDown = Units.ParseRate(v)),
-        new("max-lifetime", '\0', "TIME [JITTER]", "limits", Scope.Route, "off",
-            "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not all end at once.",
-            (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v)),
+            + "received before its time, so the sender slows down. After a pause at most 50 ms' worth passes at once."),
+        new("rate-down", "RATE", "limits", "off", (_, r, v) => r.Bridge.RateDown = Units.ParseRate(v),
+            "The same, to the client."),
+        new("rate-total-up", "RATE", "limits", "off", (_, r, v) => r.Bridge.RateTotalUp = Units.ParseRate(v),
+            "The same from all clients of the route together. Those who send have equal parts of it."),
+        new("rate-total-down", "RATE", "limits", "off", (_, r, v) => r.Bridge.RateTotalDown = Units.ParseRate(v),
+            "The same to all clients of the route together."),
+        new("max-lifetime", "TIME [JITTER]", "limits", "off",
+            (_, r, v) => (r.Bridge.MaxLifetime, r.Bridge.LifetimeJitter) = Units.ParseTimes(v),
+            "End a connection that is TIME old. With JITTER, a time as well, up to that much later, so that not "
+            + "all end at once."),
 
-        new("allow", '\0', "RULE", "access", Scope.Route, "",
+        new("allow", "RULE", "access", "", (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFileOf)),
             "Let in those whom RULE names: CIDR, ADDRESS, all, unix or @FILE, then [DAYS] [HH:MM-HH:MM] [ZONE], such as "
             + "\"10.0.0.0/8 mon-fri 09:00-17:30 Europe/Paris\". The first rule that matches decides. Where none does, a client "
-            + "is refused if there is any --allow. A FILE has one rule a line; it is read again when it changes, and on HUP.",
-            (s, r, v) => r.Access.Add(new AccessRule(isAllow: true, v, s.Where, s.AccessFileOf)), isList: true),
-        new("deny", '\0', "RULE", "access", Scope.Route, "",
-            "Refuse those whom RULE names. It is written as for --allow, and has its place among those rules.",
-            (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFileOf)), isList: true),
-        new("close-at-window-end", '\0', "", "access", Scope.Route, "",
-            "Reset connections whose clients the rules no longer let in. They are looked at when the minute turns.",
-            (_, r, _) => r.Access.ClosesAtWindowEnd = true),
+            + "is refused if there is any --allow. A FILE has one rule a line; it is read again when it "
+            + "changes, and on HUP.", isList: true),
+        new("deny", "RULE", "access", "", (s, r, v) => r.Access.Add(new AccessRule(isAllow: false, v, s.Where, s.AccessFileOf)),
+            "Refuse those whom RULE names. It is written as for --allow, and has its place among those rules.", isList: true),
+        new("close-at-window-end", "", "access", "", (_, r, _) => r.Access.ClosesAtWindowEnd = true,
+            "Reset connections whose clients the rules no longer let in. They are looked at when the minute turns."),
 
-        new("idle-timeout", '\0', "TIME", "timeouts", Scope.Route, "1h",
-            "End a connection in which nothing has moved for TIME.",
-            (_, r, v) => r.Bridge.IdleTimeout = Units.ParseTime(v)),
-        new("fin-timeout", '\0', "TIME", "timeouts", Scope.Route, "60s",
-            "The same, once one side has finished sending. The other side may go on for as long as it makes progress.",
-            (_, r, v) => r.Bridge.FinTimeout = Units.ParseTime(v)),
-        new("keepalive", '\0', "TIME", "timeouts", Scope.Route, "60s",
-            "Probe a connection that is silent for TIME (TCP keep-alive), on both sides. One that does not answer "
-            + "three probes, TIME/4 apart, is dead.",
-            (_, r, v) => r.Bridge.Keepalive = Units.ParseTime(v)),
+        new("idle-timeout", "TIME", "timeouts", "1h", (_, r, v) => r.Bridge.IdleTimeout = Units.ParseTime(v),
+            "End a connection in which nothing has moved for TIME."),
+        new("fin-timeout", "TIME", "timeouts", "60s", (_, r, v) => r.Bridge.FinTimeout = Units.ParseTime(v),
+            "The same, once one side has finished sending. The other side may go on for as long as it makes progress."),
+        new("keepalive", "TIME", "timeouts", "60s", (_, r, v) => r.Bridge.Keepalive = Units.ParseTime(v),
+            "Probe a connection that is silent for TIME (TCP keep-alive), on both sides. One that does not answer three "
+            + "probes, TIME/4 apart, is dead."),
+        new("preread-timeout", "TIME", "timeouts", "5s", (_, r, v) => r.Preread.Timeout = Units.ParseTime(v),
+            "Reset a client whose PROXY header or TLS hello, where one is read, is not complete within TIME."),
 
-        new("preread-timeout", '\0', "TIME", "timeouts", Scope.Route, "5s",
-            "Reset a client whose PROXY header or TLS hello, where one is read, is not complete within TIME.",
-            (_, r, v) => r.Preread.Timeout = Units.ParseTime(v)),
+        new("accept-proxy", "CIDR[,CIDR...]", "client address", "off", (_, r, v) => r.Preread.AcceptProxy(v),
+            "Require a PROXY protocol header (version 1 or 2) from these senders, and take the address in it for the client's. "
+            + "unix stands for whoever comes by a unix socket. From others no header is read."),
 
-        new("accept-proxy", '\0', "CIDR[,CIDR...]", "client address", Scope.Route, "off",
-            "Require a PROXY protocol header (version 1 or 2) from these senders, and take the address in it for the "
-            + "client's. unix stands for whoever comes by a unix socket. From others no header is read.",
-            (_, r, v) => r.Preread.AcceptProxy(v)),
-
-        new("dump", '\0', "off|text|hex", "inspect", Scope.Route, "off",
+        new("dump", "off|text|hex", "inspect", "off",
+            (_, r, v) => r.Put(r.Dump, isOn: (r.Dump.Format = Text.ParseWord(v, "format", "off", "text", "hex")) > 0),
             "Show what passes on stderr, as socat -v (text) or -x (hex) does: > from the client, < from the server, the time "
-            + "(UTC), and the place in all that went this way. Who reads stderr too slowly misses some, and is told how much.",
-            (_, r, v) => r.Put(r.Dump, isOn: (r.Dump.Format = Text.ParseWord(v, "format", "off", "text", "hex")) > 0)),
-        new("dump-limit", '\0', "SIZE", "inspect", Scope.Route, "off",
-            "Show only the first SIZE bytes of a connection, both ways together.",
-            (_, r, v) => r.Dump.Limit = Units.ParseSize(v)),
-        new("record", '\0', "DIR", "inspect", Scope.Route, "",
-            "Write what the client of each connection sends to DIR/ds_IP_TIME.log, and what its server sends to us_IP_TIME.log. "
-            + "IP is the client's; TIME is UTC, as in 20261123125939, with _2, _3 and so on where the name is taken. DIR must exist.",
-            (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true)),
-
-        new("pcap", '\0', "FILE|-", "inspect", Scope.Route, "",
+            + "(UTC), and the place in all that went this way. Who reads stderr too slowly misses some, and is told how much."),
+        new("dump-limit", "SIZE", "inspect", "off", (_, r, v) => r.Dump.Limit = Units.ParseSize(v),
+            "Show only the first SIZE bytes of a connection, both ways together."),
+        new("record", "DIR", "inspect", "", (_, r, v) => r.Put(new RecordSettings(Text.FileName(v)), isOn: true),
+            "Write what the client of each connection sends to DIR/ds_IP_TIME.log, and what its server sends to "
+            + "us_IP_TIME.log. IP is the client's; TIME is UTC, as in 20261123125939, with _2, _3 and so on where the name is "
+            + "taken. DIR must exist."),
+        new("pcap", "FILE|-", "inspect", "", (s, r, v) => s.Captures.AddTo(r.Taps, v),
             "Capture connections in FILE (pcapng), or on stdout for '| wireshark -k -i -'. Each is shown as one TCP connection "
             + "from client to server, at the place of this option among the taps. For a unix socket and the built-in servers "
-            + "stands 192.0.2.1 (clients) or 192.0.2.2, port 7 for echo, 9 for discard, else 1. Routes may share a FILE. A disk "
-            + "or reader that fails, or that halts for 5 s, ends the capture and nothing else.",
-            (s, r, v) => s.Captures.AddTo(r.Taps, v), isList: true),
-        new("pcap-rotate", '\0', "SIZE", "inspect", Scope.Process, "off",
-            "Go on in FILE1, FILE2 and so on when a capture file has reached SIZE (at least 64k), as tcpdump -C does.",
-            (s, _, v) => s.Captures.Rotate = v is "0" or "off" ? 0 : Units.ParseSize(v, least: 64 << 10)),
+            + "stands 192.0.2.1 (clients) or 192.0.2.2, port 7 for echo, 9 for discard, else 1. Routes may share a FILE. A "
+            + "disk or reader that fails, or that halts for 5 s, ends the capture and nothing else.", isList: true),
+        new("pcap-rotate", "SIZE", "inspect", "off",
+            (s, _, v) => s.Captures.Rotate = v is "0" or "off" ? 0 : Units.ParseSize(v, least: 64 << 10),
+            "Go on in FILE1, FILE2 and so on when a capture file has reached SIZE (at least 64k), "
+            + "as tcpdump -C does.", Scope.Process),
 
-        new("replace-up", '\0', "OLD=>NEW", "modify", Scope.Route, "",
+        new("replace-up", "OLD=>NEW", "modify", "", (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, MatchRule.ParseReplace(v)),
             "Put the bytes NEW in the place of OLD in what clients send. Repeatable, and as cheap for many: the leftmost match "
             + "wins, of those in one place the one written first, and what was put in is not looked at again. Escapes as in "
-            + "--check-send; \\x3d> is a => in OLD. Bytes that may become a match are held until more comes, but no longer than "
-            + "100 ms: then they go on as they are. A protocol that says lengths beforehand (HTTP's Content-Length, redis) "
-            + "breaks when OLD and NEW differ in length; what TLS carries is not seen.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, MatchRule.ParseReplace(v)), isList: true),
-        new("replace-down", '\0', "OLD=>NEW", "modify", Scope.Route, "",
-            "The same in what servers send.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v)), isList: true),
-        new("block-up", '\0', "PATTERN", "modify", Scope.Route, "",
-            "Reset the connection before the bytes PATTERN pass from a client. They are found as by --replace-up; when a client "
-            + "waits 100 ms in the middle of them, the part before has passed, but never the rest.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null)), isList: true),
-        new("block-down", '\0', "PATTERN", "modify", Scope.Route, "",
-            "The same before they pass from a server.",
-            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null)), isList: true),
-        new("filter-up", '\0', "COMMAND", "modify", Scope.Route, "",
-            "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server (both "
-            + "are sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its "
+            + "--check-send; \\x3d> is a => in OLD. Bytes that may become a match are held until more comes, but no longer "
+            + "than 100 ms: then they go on as they are. A protocol that says lengths beforehand (HTTP's Content-Length, "
+            + "redis) breaks when OLD and NEW differ in length; what TLS carries is not seen.", isList: true),
+        new("replace-down", "OLD=>NEW", "modify", "",
+            (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, MatchRule.ParseReplace(v)),
+            "The same in what servers send.", isList: true),
+        new("block-up", "PATTERN", "modify", "", (_, r, v) => MatchSettings.Add(r.Taps, isUp: true, new MatchRule(v, v, null)),
+            "Reset the connection before the bytes PATTERN pass from a client. They are found as by --replace-up; when a "
+            + "client waits 100 ms in the middle of them, the part before has passed, but never the rest.", isList: true),
+        new("block-down", "PATTERN", "modify", "", (_, r, v) => MatchSettings.Add(r.Taps, isUp: false, new MatchRule(v, v, null)),
+            "The same before they pass from a server.", isList: true),
+        new("filter-up", "COMMAND", "modify", "", (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true)),
+            "Send what clients say through COMMAND, a process for each connection: stdin is the client, stdout the server "
+            + "(both are sockets). Quotes and backslashes work as in a shell, but none is run, unless it is sh:COMMAND. Its "
             + "environment has TCPPROXY_CLIENT, TCPPROXY_UPSTREAM, TCPPROXY_ROUTE; its stderr is logged. Its end with status 0 "
             + "is a FIN, and what still comes is dropped; another end is a reset. It is killed when the connection ends, or "
-            + "when it writes nothing for --fin-timeout after its client has finished.",
-            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: true)), isList: true),
-        new("filter-down", '\0', "COMMAND", "modify", Scope.Route, "",
-            "The same for what servers say.",
-            (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: false)), isList: true),
+            + "when it writes nothing for --fin-timeout after its client has finished.", isList: true),
+        new("filter-down", "COMMAND", "modify", "", (_, r, v) => r.Taps.Add(new FilterSettings(v, isUp: false)),
+            "The same for what servers say.", isList: true),
 
-        new("toxic", '\0', "TYPE [KEY=VALUE...]", "faults", Scope.Route, "",
-            "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS jitter=MS, "
-            + "bandwidth rate=KB/s, slow_close delay=MS, timeout timeout=MS, reset_peer timeout=MS, slicer average_size=BYTES "
-            + "size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are in these units, "
-            + "toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s and 10k are understood as well. stream=upstream "
-            + "is for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). Repeatable: each "
-            + "works on the result of the one before.",
-            (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v)), isList: true),
-        new("seed", '\0', "N", "faults", Scope.Process, "",
-            "Let chance repeat itself: with the same N, the n-th connection of a route meets the same toxics, jitter and slices.",
-            (s, _, v) => s.Seed = Units.ParseCount(v)),
+        new("toxic", "TYPE [KEY=VALUE...]", "faults", "", (_, r, v) => r.Taps.Add(ToxicSettings.Parse(v)),
+            "Break connections on purpose, with toxiproxy's toxics. TYPE and its keys are one of: latency latency=MS "
+            + "jitter=MS, bandwidth rate=KB/s, slow_close delay=MS, timeout timeout=MS, reset_peer timeout=MS, slicer "
+            + "average_size=BYTES size_variation=BYTES delay=US, limit_data bytes=BYTES; each 0 unless given. Bare numbers are "
+            + "in these units, toxiproxy's (KB is 1000 bytes, US a microsecond); 100ms, 64k/s and 10k are understood as well. "
+            + "stream=upstream is for what the client sends (downstream), toxicity=0..1 for that share of the connections (1). "
+            + "Repeatable: each works on the result of the one before.", isList: true),
+        new("seed", "N", "faults", "", (s, _, v) => s.Seed = Units.ParseCount(v),
+            "Let chance repeat itself: with the same N, the n-th connection of a route meets the same "
+            + "toxics, jitter and slices.", Scope.Process),
 
-        new("log", '\0', "FORMAT", "observe", Scope.Process, "text",
+        new("log", "FORMAT", "observe", "text",
+            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off"),
             "Log as text (logfmt), json (the same keys), haproxy (connections as by option tcplog, in local time; the rest is "
-            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.",
-            (s, _, v) => s.Log.Format = (LogFormat)Text.ParseWord(v, "format", "text", "json", "haproxy", "syslog", "off")),
-        new("log-file", '\0', "FILE|unix:PATH", "observe", Scope.Process, "",
-            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the unix "
-            + "socket at PATH, and connect again when that is gone.",
-            (s, _, v) => s.Log.SetFile(v)),
-        new("log-level", '\0', "LEVEL", "observe", Scope.Live, "info",
-            "Log debug, info, warn or error and what is worse. The line of a connection is of level info.",
-            (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error")),
-        new("log-long", '\0', "TIME", "observe", Scope.Live, "1h",
-            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with what "
-            + "has passed so far.",
-            (s, _, v) => s.Log.Long = Units.ParseTime(v)),
-        new("log-skip-empty", '\0', "", "observe", Scope.Live, "",
-            "Do not log connections that clients end before a byte has passed either way: probes.",
-            (s, _, _) => s.Log.SkipsEmpty = true),
-        new("control", '\0', "unix:PATH", "observe", Scope.Process, "",
-            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: what "
-            + "was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.",
-            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } address ? address
-                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH")),
-        new("ctl", '\0', "PATH COMMAND...", "observe", Scope.CommandLine, "",
-            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: 0, "
-            + "or 1 when it is an error, or has not come within --timeout.",
-            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v))),
-
-        new("stats", '\0', "ADDR", "observe", Scope.Process, "",
-            "Serve at ADDR, over HTTP, a live page of routes, servers and connections (/), /metrics for Prometheus, /stats.json, and "
-            + "/healthz: 200, or 503 while draining or when a route has no server up. A port alone is loopback only. Whoever can "
-            + "connect can see all of it.",
+            + "text), syslog (text in messages of RFC 5424, facility daemon, to /dev/log) or off.", Scope.Process),
+        new("log-file", "FILE|unix:PATH", "observe", "", (s, _, v) => s.Log.SetFile(v),
+            "Append the log to FILE instead of stderr; USR1 opens it anew, for those who rotate it. Or send each line to the "
+            + "unix socket at PATH, and connect again when that is gone.", Scope.Process),
+        new("log-level", "LEVEL", "observe", "info",
+            (s, _, v) => s.Log.Level = (LogLevel)Text.ParseWord(v, "level", "debug", "info", "warn", "error"),
+            "Log debug, info, warn or error and what is worse. The line of a connection is of level info.", Scope.Live),
+        new("log-long", "TIME", "observe", "1h", (s, _, v) => s.Log.Long = Units.ParseTime(v),
+            "Log a connection that lasts longer than TIME before its end too, and again each TIME: event connection-long, with "
+            + "what has passed so far.", Scope.Live),
+        new("log-skip-empty", "", "observe", "", (s, _, _) => s.Log.SkipsEmpty = true,
+            "Do not log connections that clients end before a byte has passed either way: probes.", Scope.Live),
+        new("control", "unix:PATH", "observe", "",
+            (s, _, v) => s.Control = ListenAddress.Parse(v) is { Kind: AddressKind.Unix or AddressKind.Descriptor } path ? path
+                : throw new FormatException($"'{v}' is no path of a unix socket; write unix:PATH"),
+            "Take commands at PATH, which its owner alone may use (mode 0600). They are HAProxy's, and so are the answers: "
+            + "what was written for its stats socket works. 'tcpproxy --ctl PATH help' lists them.", Scope.Process),
+        new("ctl", "PATH COMMAND...", "observe", "",
+            (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v)),
+            "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: "
+            + "0, or 1 when it is an error, or has not come within --timeout.", Scope.CommandLine),
+        new("stats", "ADDR", "observe", "",
             (s, _, v) => s.Stats = ListenAddress.Parse(v) is { PortCount: 1 } address ? address
-                : throw new FormatException($"'{v}' is a range; one port is enough")),
+                : throw new FormatException($"'{v}' is a range; one port is enough"),
+            "Serve at ADDR, over HTTP, a live page of routes, servers and connections (/), /metrics for Prometheus, "
+            + "/stats.json, and /healthz: 200, or 503 while draining or when a route has no server up. A port alone is "
+            + "loopback only. Whoever can connect can see all of it.", Scope.Process),
 
-        new("config", 'c', "FILE", "run", Scope.CommandLine, "",
-            "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. "
-            + "Options on the command line win over the file's, in every route.",
-            (s, _, v) => s.ConfigFile = Text.FileName(v)),
-        new("check-config", '\0', "", "run", Scope.CommandLine, "",
-            "Say whether the command line and the file are valid, and exit.",
-            (s, _, _) => s.Command = Command.CheckConfig),
-        new("reload-dry-run", '\0', "", "run", Scope.CommandLine, "",
+        new("config", "FILE", "run", "", (s, _, v) => s.ConfigFile = Text.FileName(v),
+            "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. Options on "
+            + "the command line win over the file's, in every route.", Scope.CommandLine, letter: 'c'),
+        new("check-config", "", "run", "", (s, _, _) => s.Command = Command.CheckConfig,
+            "Say whether the command line and the file are valid, and exit.", Scope.CommandLine),
+        new("reload-dry-run", "", "run", "", (s, _, _) => s.Command = Command.ReloadDryRun,
             "Print what HUP would change in the running process, and exit: 0, or 1 when none answers at the --control of this "
-            + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! before "
-            + "what only a restart changes.",
-            (s, _, _) => s.Command = Command.ReloadDryRun),
-        new("explain", '\0', "ADDRESS[@TIME]", "run", Scope.CommandLine, "",
+            + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! "
+            + "before what only a restart changes.", Scope.CommandLine),
+        new("explain", "ADDRESS[@TIME]", "run", "", (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v)),
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
-            + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no name is looked up.",
-            (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v))),
-        new("drain-timeout", '\0', "TIME", "run", Scope.Live, "30s",
-            "On TERM or INT stop accepting and let connections finish for up to TIME. A second signal ends at once.",
-            (s, _, v) => s.DrainTimeout = Units.ParseTime(v)),
-        new("threads", '\0', "N|auto", "run", Scope.Process, "auto",
-            "Event loop threads. auto is one a processor.",
-            (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256)),
-        new("buffer-size", '\0', "SIZE", "run", Scope.Route, "64k",
+            + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no "
+            + "name is looked up.", Scope.CommandLine),
+        new("drain-timeout", "TIME", "run", "30s", (s, _, v) => s.DrainTimeout = Units.ParseTime(v),
+            "On TERM or INT stop accepting and let connections finish for up to TIME. A second "
+            + "signal ends at once.", Scope.Live),
+        new("threads", "N|auto", "run", "auto",
+            (s, _, v) => s.Threads = v == "auto" ? 0 : Units.ParseCount(v, least: 1, most: 256),
+            "Event loop threads. auto is one a processor.", Scope.Process),
+        new("buffer-size", "SIZE", "run", "64k",
+            (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20),
             "Copy at most SIZE bytes at once in a direction (256 to 16m), and four times as many while it streams, copied or "
-            + "spliced (256k at most). A connection that waits holds no buffer.",
-            (_, r, v) => r.Bridge.BufferSize = (int)Units.ParseSize(v, least: 256, most: 16 << 20)),
-        new("splice", '\0', "auto|off", "run", Scope.Route, "auto",
-            "Move streams inside the kernel (Linux, splice(2)) instead of copying them.",
-            (_, r, v) => r.Bridge.IsSplicing = Text.ParseWord(v, "word", "auto", "off") == 0),
-        new("user", '\0', "NAME[:GROUP]", "run", Scope.Process, "",
+            + "spliced (256k at most). A connection that waits holds no buffer."),
+        new("splice", "auto|off", "run", "auto", (_, r, v) => r.Bridge.IsSplicing = Text.ParseWord(v, "word", "auto", "off") == 0,
+            "Move streams inside the kernel (Linux, splice(2)) instead of copying them."),
+        new("user", "NAME[:GROUP]", "run", "", (s, _, v) => s.User = Account.Check(v),
             "Give up root for this user, its groups and GROUP (else its own), once all is bound and open. Names are those of "
             + "/etc/passwd and /etc/group; numbers work as well. There is no way back: what is opened later (--record, another "
             + "capture file, a listen below 1024 in a file that is read again) must be the user's to open, and what stands in "
-            + "folders of root (--pid-file, unix sockets) is left there at the end. Filters gain no privileges either.",
-            (s, _, v) => s.User = Account.Check(v)),
-        new("pid-file", '\0', "FILE", "run", Scope.Process, "",
-            "Write the process id to FILE when ready; removed at the end.",
-            (s, _, v) => s.PidFile = Text.FileName(v)),
-        new("port-file", '\0', "FILE", "run", Scope.Process, "",
-            "When ready, write the bound addresses to FILE, one a line in the order of the listens. It is written "
-            + "whole or not at all, and removed at the end: a script waits for it and knows where port 0 has led.",
-            (s, _, v) => s.PortFile = Text.FileName(v)),
-        new("once", '\0', "", "run", Scope.Process, "",
-            "Serve one connection, then exit: 0 if it ended well, else 1.",
-            (s, _, _) => s.Once = true),
-        new("install-service", '\0', "", "run", Scope.CommandLine, "",
+            + "folders of root (--pid-file, unix sockets) is left there at the end. Filters "
+            + "gain no privileges either.", Scope.Process),
+        new("pid-file", "FILE", "run", "", (s, _, v) => s.PidFile = Text.FileName(v),
+            "Write the process id to FILE when ready; removed at the end.", Scope.Process),
+        new("port-file", "FILE", "run", "", (s, _, v) => s.PortFile = Text.FileName(v),
+            "When ready, write the bound addresses to FILE, one a line in the order of the listens. It is written whole or not "
+            + "at all, and removed at the end: a script waits for it and knows where port 0 has led.", Scope.Process),
+        new("once", "", "run", "", (s, _, _) => s.Once = true,
+            "Serve one connection, then exit: 0 if it ended well, else 1.", Scope.Process),
+        new("install-service", "", "run", "", (s, _, _) => s.Command = Command.InstallService,
             "Print a systemd unit that runs this command line, with no more rights than it needs, and exit. On Windows print "
-            + "the sc.exe command that makes a service of it.",
-            (s, _, _) => s.Command = Command.InstallService),
-        new("wait-for", '\0', "ADDR", "run", Scope.CommandLine, "",
-            "Wait until a server accepts connections at ADDR, and exit: 0 if it did within --timeout, else 1.",
-            (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v))),
-        new("timeout", '\0', "TIME", "run", Scope.CommandLine, "30s",
-            "How long --wait-for and --ctl wait.",
-            (s, _, v) => s.WaitTimeout = Units.ParseTime(v)),
-        new("quiet", 'q', "", "run", Scope.Live, "",
-            "Log warnings and errors only.",
-            (s, _, _) => s.Log.Level = LogLevel.Warn),
-        new("verbose", 'v', "", "run", Scope.Live, "",
-            "Log everything.",
-            (s, _, _) => s.Log.Level = LogLevel.Debug),
-        new("help", 'h', "", "run", Scope.CommandLine, "",
-            "Print help and exit. -h is short, --help is all of it.",
-            (s, _, _) => s.Command = Command.FullHelp),
-        new("version", 'V', "", "run", Scope.CommandLine, "",
-            "Print the version and exit.",
-            (s, _, _) => s.Command = Command.Version),
+            + "the sc.exe command that makes a service of it.", Scope.CommandLine),
+        new("wait-for", "ADDR", "run", "", (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v)),
+            "Wait until a server accepts connections at ADDR, and exit: 0 if it did "
+            + "within --timeout, else 1.", Scope.CommandLine),
+        new("timeout", "TIME", "run", "30s", (s, _, v) => s.WaitTimeout = Units.ParseTime(v),
+            "How long --wait-for and --ctl wait.", Scope.CommandLine),
+        new("quiet", "", "run", "", (s, _, _) => s.Log.Level = LogLevel.Warn,
+            "Log warnings and errors only.", Scope.Live, letter: 'q'),
+        new("verbose", "", "run", "", (s, _, _) => s.Log.Level = LogLevel.Debug,
+            "Log everything.", Scope.Live, letter: 'v'),
+        new("help", "", "run", "", (s, _, _) => s.Command = Command.FullHelp,
+            "Print help and exit. -h is short, --help is all of it.", Scope.CommandLine, letter: 'h'),
+        new("version", "", "run", "", (s, _, _) => s.Command = Command.Version,
+            "Print the version and exit.", Scope.CommandLine, letter: 'V'),
     ];
 
     internal static Option? Find(string name) => Array.Find(Table, option => option.Name == name);
@@ -1043,7 +985,6 @@ internal sealed class ControlCommand(string words, string arguments, string help
 {
     private const int Margin = 56; // where help starts
     private const int HeaviestWeight = 256;
-    private static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"];
     private const string Columns = // of HAProxy 2.6
         "pxname,svname,qcur,qmax,scur,smax,slim,stot,bin,bout,dreq,dresp,ereq,econ,eresp,wretr,wredis,status,weight,act,bck,"
         + "chkfail,chkdown,lastchg,downtime,qlimit,pid,iid,sid,throttle,lbtot,tracked,type,rate,rate_lim,rate_max,check_status,"
@@ -1395,7 +1336,7 @@ internal sealed class ControlCommand(string words, string arguments, string help
 
         Add("BACKEND", 1, 0, active + backup > 0 ? "UP" : "DOWN", stats, "slim", Bound(route.Limit.Most), "qcur", stats.Queued,
             "qlimit", Bound(route.Settings.Pool.Queue), "stot", connections, "lbtot", connections, "weight", weight,
-            "uweight", weight, "act", active, "bck", backup, "algo", Policies[(int)route.Settings.Pool.Policy]);
+            "uweight", weight, "act", active, "bck", backup, "algo", RouteSettings.Policies[(int)route.Settings.Pool.Policy]);
         return rows;
 
         void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
@@ -1633,6 +1574,8 @@ internal sealed class Settings(Settings? running = null)
 
 internal sealed class RouteSettings
 {
+    internal static readonly string[] Policies = ["leastconn", "roundrobin", "random", "source", "first"]; // as the enum has them
+
     internal string? Name { get; set; }
     internal string Where { get; set; } = ""; // it was typed, for messages
     internal ListenAddress? Listen { get; set; }
