@@ -231,15 +231,6 @@ internal static class Program
 // (Unit/HelpTests.cs) are made from that row. Anything wrong in what was typed is a FormatException whose message
 // is the line that the user reads: where, what was wrong, what was probably meant.
 
-/// <summary>Where an option holds.</summary>
-internal enum Scope
-{
-    Route, // for the route it stands in, or for every route when it stands before the first listen
-    Process, // for the process, wherever it stands, and from its start to its end
-    Live, // the same, but that a reload may change it
-    CommandLine, // the same, and has no meaning in a file
-}
-
 /// <summary>One option. An empty <paramref name="value"/> name makes it a flag; <paramref name="fallback"/> is
 /// applied by the same code as a typed value, so the default that help shows is the one in force. The first
 /// sentence of <paramref name="help"/> is the short help.</summary>
@@ -516,7 +507,7 @@ internal sealed class Option(
             "Log warnings and errors only.", Scope.Live, letter: 'q'),
         new("verbose", "", "run", "", (s, _, _) => s.Log.Level = LogLevel.Debug,
             "Log everything.", Scope.Live, letter: 'v'),
-        new("help", "", "run", "", (s, _, _) => s.Command = Command.FullHelp,
+        new("help", "", "run", "", (s, _, _) => s.Command = s.Where == "-h" ? Command.ShortHelp : Command.FullHelp,
             "Print help and exit. -h is short, --help is all of it.", Scope.CommandLine, letter: 'h'),
         new("version", "", "run", "", (s, _, _) => s.Command = Command.Version,
             "Print the version and exit.", Scope.CommandLine, letter: 'V'),
@@ -525,29 +516,11 @@ internal sealed class Option(
     internal static Option? Find(string name) => Array.Find(Table, option => option.Name == name);
 
     internal static Option? Find(char letter) => Array.Find(Table, option => option.Letter == letter);
-}
 
-/// <summary>An option as it was typed: where (for the message when it is wrong) and with what value.</summary>
-internal sealed class Setting(Option option, string value, string where)
-{
-    internal Option Option { get; } = option;
-    internal string Where { get; } = where;
-
-    /// <summary>The same with one more word.</summary>
-    internal Setting With(string word) => new(Option, $"{value} {word}", Where);
-
-    internal void Apply(Settings settings, RouteSettings route) => Text.At(Where, () =>
-    {
-        settings.Where = Where;
-        Option.Apply(settings, route, value);
-        List<Choice> choices = Option.Scope == Scope.Route ? route.Choices : settings.Choices;
-        Choice choice = new(Option.Name, Option.Group, value, Where, Option.Scope == Scope.Process);
-        int same = Option.IsList ? -1 : choices.FindIndex(other => other.Name == Option.Name);
-        choices.RemoveRange(Math.Max(same, 0), same < 0 ? 0 : 1);
-        choices.Insert(same < 0 ? choices.Count : same, choice);
-    });
-
-    internal FormatException Wrong(string what) => new($"{Where}: {what}");
+    /// <summary>As it was typed; without a value if that is null.</summary>
+    internal Choice Typed(string? value, string where) =>
+        IsFlag == (value is null) ? new Choice(Name, Group, Scope, value ?? "", where)
+        : throw new FormatException($"{where}: " + (value is null ? $"needs a value {Value}" : $"takes no value, but '{value}' was given"));
 }
 
 internal static class CommandLine
@@ -557,32 +530,15 @@ internal static class CommandLine
     /// <exception cref="FormatException">what was typed is wrong; the message is the line for the user</exception>
     internal static Settings Parse(IReadOnlyList<string> arguments, Settings? running = null)
     {
-        List<Setting> typed = [];
+        List<Choice> typed = [];
         List<string> positional = [];
         Read(arguments, typed, positional);
         Settings settings = new(running);
         RouteSettings defaults = new();
-        foreach (Option option in Option.Table)
-        {
-            if (option.Default.Length > 0)
-            {
-                new Setting(option, option.Default, "").Apply(settings, defaults);
-            }
-        }
-
-        foreach (Setting setting in typed)
-        {
-            if (setting.Option.Scope == Scope.CommandLine)
-            {
-                setting.Apply(settings, defaults);
-            }
-        }
-
-        if (settings.Command == Command.FullHelp && typed.Exists(setting => setting.Where == "-h"))
-        {
-            settings.Command = Command.ShortHelp;
-        }
-        else if (settings.Command == Command.Control)
+        Array.ForEach(Array.FindAll(Option.Table, option => option.Default.Length > 0),
+            option => Apply(option.Typed(option.Default, ""), settings, defaults));
+        typed.FindAll(choice => choice.Scope == Scope.CommandLine).ForEach(choice => Apply(choice, settings, defaults));
+        if (settings.Command == Command.Control)
         {
             settings.ControlWords = positional.Count > 0 ? string.Join(' ', positional)
                 : throw new FormatException("--ctl: no command follows; 'help' lists them");
@@ -600,9 +556,9 @@ internal static class CommandLine
         return settings;
     }
 
-    // ---- reading: words to settings and positional arguments
+    // ---- reading: words to choices and positional arguments
 
-    private static void Read(IReadOnlyList<string> arguments, List<Setting> typed, List<string> positional)
+    private static void Read(IReadOnlyList<string> arguments, List<Choice> typed, List<string> positional)
     {
         Queue<string> words = new(arguments);
         bool optionsEnded = false;
@@ -625,7 +581,7 @@ internal static class CommandLine
             else if (word[1] == '-')
             {
                 ReadLong(word, words, typed);
-                if (typed[^1].Option.Name == "ctl")
+                if (typed[^1].Name == "ctl")
                 {
                     positional.AddRange(words); // the command, whatever it looks like
                     return;
@@ -639,13 +595,13 @@ internal static class CommandLine
     }
 
     /// <summary>weight=3 and the like belong to the upstream, or the toxic, that they follow.</summary>
-    private static void AddSetting(string word, List<Setting> typed, List<string> positional, bool isPositional)
+    private static void AddSetting(string word, List<Choice> typed, List<string> positional, bool isPositional)
     {
         if (isPositional && positional.Count > 1)
         {
             positional[^1] += $" {word}";
         }
-        else if (!isPositional && typed[^1].Option.Name is "upstream" or "toxic")
+        else if (!isPositional && typed[^1].Name is "upstream" or "toxic")
         {
             typed[^1] = typed[^1].With(word);
         }
@@ -656,18 +612,16 @@ internal static class CommandLine
     }
 
     /// <summary>--name, --name value or --name=value.</summary>
-    private static void ReadLong(string word, Queue<string> rest, List<Setting> typed)
+    private static void ReadLong(string word, Queue<string> rest, List<Choice> typed)
     {
         int equals = word.IndexOf('=', StringComparison.Ordinal);
         string name = equals < 0 ? word : word[..equals];
         Option option = Option.Find(name[2..]) ?? throw Unknown(name, "--", name[2..]);
-        string value = equals < 0 ? Value(option, name, rest) : word[(equals + 1)..];
-        typed.Add(equals < 0 || !option.IsFlag ? new Setting(option, value, name)
-            : throw new FormatException($"{name}: takes no value, but '{value}' was given"));
+        typed.Add(option.Typed(equals < 0 ? Value(option, name, rest) : word[(equals + 1)..], name));
     }
 
     /// <summary>A cluster of letters, the last of which may take a value: -qv, -l 8080, -l8080.</summary>
-    private static void ReadLetters(string word, Queue<string> rest, List<Setting> typed)
+    private static void ReadLetters(string word, Queue<string> rest, List<Choice> typed)
     {
         for (int i = 1; i < word.Length; i++)
         {
@@ -682,18 +636,16 @@ internal static class CommandLine
             }
 
             bool isAttached = !option.IsFlag && i + 1 < word.Length;
-            typed.Add(new Setting(option, isAttached ? word[(i + 1)..] : Value(option, name, rest), name));
+            typed.Add(option.Typed(isAttached ? word[(i + 1)..] : Value(option, name, rest), name));
             i = isAttached ? word.Length : i;
         }
     }
 
-    /// <summary>The next word, which a flag leaves where it is.</summary>
-    private static string Value(Option option, string name, Queue<string> rest) =>
-        option.IsFlag ? ""
-        : !rest.TryPeek(out string? next) ? throw new FormatException($"{name}: needs a value {option.Value}")
-        : next.Length > 1 && next[0] == '-'
-            ? throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows")
-        : rest.Dequeue();
+    /// <summary>The next word, if there is one, which a flag leaves where it is.</summary>
+    private static string? Value(Option option, string name, Queue<string> rest) =>
+        option.IsFlag || !rest.TryPeek(out string? next) ? null
+        : next.Length < 2 || next[0] != '-' ? rest.Dequeue()
+        : throw new FormatException($"{name}: needs a value {option.Value}, but the option '{next}' follows");
 
     private static FormatException Unknown(string where, string dashes, string name)
     {
@@ -703,8 +655,9 @@ internal static class CommandLine
     }
 
     /// <summary>One option a line: name, blanks, value. A value may be quoted; # starts a comment.</summary>
-    internal static void ReadFile(string file, string text, List<Setting> typed)
+    internal static List<Choice> ReadFile(string file, string text)
     {
+        List<Choice> filed = [];
         int number = 0;
         foreach (string raw in text.Split('\n'))
         {
@@ -719,18 +672,12 @@ internal static class CommandLine
             string name = blank < 0 ? line : line[..blank];
             Option option = Option.Find(name) ?? throw Unknown($"{at}: {name}", "", name.TrimStart('-'));
             string value = blank < 0 ? "" : Unquote(line[blank..].Trim(), at);
-            typed.Add(new Setting(option, value, $"{at}: {name}"));
-            if (option.Scope == Scope.CommandLine)
-            {
-                throw typed[^1].Wrong("belongs on the command line, not in a file");
-            }
-
-            if (option.IsFlag != (value.Length == 0))
-            {
-                throw typed[^1].Wrong(option.IsFlag ? $"takes no value, but '{value}' was given"
-                    : $"needs a value {option.Value}");
-            }
+            filed.Add(option.Scope == Scope.CommandLine
+                ? throw new FormatException($"{at}: {name}: belongs on the command line, not in a file")
+                : option.Typed(value.Length > 0 ? value : null, $"{at}: {name}"));
         }
+
+        return filed;
     }
 
     private static string StripComment(string line, string at)
@@ -753,39 +700,40 @@ internal static class CommandLine
         : value.IndexOf('"', 1) == value.Length - 1 ? value[1..^1]
         : throw new FormatException($"{at}: a quoted value ends at its second quote");
 
-    // ---- building: settings to routes
+    // ---- building: choices to routes
 
     /// <summary>The file's options stand in order; those of the command line before its first --listen then win
     /// over them in every route; a --listen on the command line adds a route of its own.</summary>
-    private static void AddRoutes(
-        Settings settings, RouteSettings defaults, List<Setting> typed, List<string> positional)
+    private static void AddRoutes(Settings settings, RouteSettings defaults, List<Choice> typed, List<string> positional)
     {
-        List<Setting> filed = [];
+        List<Choice> filed = [];
         if (settings.ConfigFile is { } file)
         {
-            ReadFile(file, Load(file), filed);
+            byte[] bytes = [];
+            Text.At("--config", () => bytes = WholeFile.Read(file, LargestFile));
+            filed = ReadFile(file, Encoding.UTF8.GetString(bytes));
         }
 
         bool isPositional = positional.Count > 0;
-        int firstListen = typed.FindIndex(setting => setting.Option.Name == "listen");
-        List<Setting> head = firstListen < 0 ? typed : typed.GetRange(0, firstListen);
+        int firstListen = typed.FindIndex(choice => choice.Name == "listen");
+        List<Choice> head = firstListen < 0 ? typed : typed.GetRange(0, firstListen);
         if (isPositional && (firstListen >= 0 || settings.ConfigFile is not null))
         {
             throw Stray(positional[0], settings.ConfigFile is null ? "--listen" : "--config");
         }
 
-        List<Setting> access = head.FindAll(setting => setting.Option.Group == "access");
+        List<Choice> access = head.FindAll(choice => choice.Group == "access");
         Build(settings, defaults, [.. access, .. filed]); // first, for of those the first that matches wins
-        if (settings.ConfigFile is not null && head.Exists(setting => setting.Option.Name == "upstream"))
+        if (settings.ConfigFile is not null && head.Exists(choice => choice.Name == "upstream"))
         {
             defaults.ClearUpstreams();
             settings.Routes.ForEach(route => route.ClearUpstreams());
         }
 
-        foreach (Setting setting in head.FindAll(setting => setting.Option.Group != "access"))
+        foreach (Choice choice in head.FindAll(choice => choice.Group != "access"))
         {
-            setting.Apply(settings, defaults);
-            settings.Routes.ForEach(route => setting.Apply(settings, route));
+            Apply(choice, settings, defaults);
+            settings.Routes.ForEach(route => Apply(choice, settings, route));
         }
 
         settings.MaxConnections = defaults.MaxConnections;
@@ -802,30 +750,41 @@ internal static class CommandLine
                 "no route: give LISTEN and UPSTREAM, as in 'tcpproxy 8080 example.org:80', or see 'tcpproxy -h'");
         }
 
-        List<Setting> all = [.. filed, .. typed];
-        if (all.Find(setting => setting.Option.Name is "check-send" or "check-expect") is { } unused
-            && !all.Exists(setting => setting.Option.Name == "check"))
+        List<Choice> all = [.. filed, .. typed];
+        if (all.Find(choice => choice.Name is "check-send" or "check-expect") is { } unused
+            && !all.Exists(choice => choice.Name == "check"))
         {
-            throw unused.Wrong("is for checks, and without --check TIME there are none");
+            throw new FormatException($"{unused.Where}: is for checks, and without --check TIME there are none");
         }
 
         settings.Routes.ForEach(route => route.Validate());
     }
 
-    private static void Build(Settings settings, RouteSettings defaults, List<Setting> settingsInOrder)
+    private static void Build(Settings settings, RouteSettings defaults, List<Choice> choices)
     {
         RouteSettings current = defaults;
-        foreach (Setting setting in settingsInOrder)
+        foreach (Choice choice in choices)
         {
-            if (setting.Option.Name == "listen")
+            if (choice.Name == "listen")
             {
                 settings.Routes.Add(current = defaults.Clone());
-                current.Where = $"{setting.Where}: ";
+                current.Where = $"{choice.Where}: ";
             }
 
-            setting.Apply(settings, current);
+            Apply(choice, settings, current);
         }
     }
+
+    private static void Apply(Choice choice, Settings settings, RouteSettings route) => Text.At(choice.Where, () =>
+    {
+        Option option = Option.Find(choice.Name)!;
+        settings.Where = choice.Where;
+        option.Apply(settings, route, choice.Value);
+        List<Choice> choices = option.Scope == Scope.Route ? route.Choices : settings.Choices;
+        int same = option.IsList ? -1 : choices.FindIndex(other => other.Name == choice.Name);
+        choices.RemoveRange(Math.Max(same, 0), same < 0 ? 0 : 1);
+        choices.Insert(same < 0 ? choices.Count : same, choice);
+    });
 
     private static FormatException Stray(string word, string beside)
     {
@@ -867,18 +826,6 @@ internal static class CommandLine
 
         static bool IsHost(string word) => !Text.IsDigits(word)
             && (IPAddress.TryParse(word, out _) || !word.Contains(':', StringComparison.Ordinal));
-    }
-
-    private static string Load(string file)
-    {
-        try
-        {
-            return Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile));
-        }
-        catch (FormatException e)
-        {
-            throw new FormatException($"--config: {e.Message}");
-        }
     }
 }
 
@@ -1511,18 +1458,30 @@ internal enum Command
     Control,
 }
 
-/// <summary>An option that holds: as it was typed and where, or its default, which was typed nowhere. What is lasting holds from
-/// the start of the process to its end.</summary>
-internal sealed class Choice(string name, string group, string value, string where, bool isLasting)
+/// <summary>Where an option holds.</summary>
+internal enum Scope
+{
+    Route, // for the route it stands in, or for every route when it stands before the first listen
+    Process, // for the process, wherever it stands, and from its start to its end
+    Live, // the same, but that a reload may change it
+    CommandLine, // the same, and has no meaning in a file
+}
+
+/// <summary>An option as it was typed and where, or its default, which was typed nowhere.</summary>
+internal sealed class Choice(string name, string group, Scope scope, string value, string where)
 {
     internal string Name { get; } = name;
     internal string Group { get; } = group;
+    internal Scope Scope { get; } = scope;
     internal string Value { get; } = value;
     internal string Where { get; } = where;
-    internal bool IsLasting { get; } = isLasting;
+    internal bool IsLasting => Scope == Scope.Process;
 
     /// <summary>Where it was typed, if anywhere: FILE:12, or --name.</summary>
     internal string At => Where.EndsWith($": {Name}", StringComparison.Ordinal) ? Where[..^(Name.Length + 2)] : Where;
+
+    /// <summary>The same with one more word.</summary>
+    internal Choice With(string word) => new(Name, Group, Scope, $"{Value} {word}", Where);
 
     internal bool Is(Choice other) => Name == other.Name && Value == other.Value;
 

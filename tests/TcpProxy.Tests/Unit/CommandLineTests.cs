@@ -163,7 +163,7 @@ public sealed class CommandLineTests
     [InlineData("name \"x\" y\"\"", "f:1: a quoted value ends at its second quote")]
     public void A_mistake_in_a_file_is_answered_with_its_line(string text, string message)
     {
-        FormatException e = Assert.Throws<FormatException>(() => CommandLine.ReadFile("f", text, []));
+        FormatException e = Assert.Throws<FormatException>(() => CommandLine.ReadFile("f", text));
         Assert.Equal(message, e.Message);
     }
 

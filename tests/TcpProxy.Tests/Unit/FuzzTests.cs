@@ -37,7 +37,7 @@ public sealed class FuzzTests
     public void The_parser_of_files() => Run((random, _) =>
     {
         string text = string.Concat(Enumerable.Range(0, random.Next(20)).Select(_ => Word(random) + (random.Next(3) == 0 ? "\n" : "")));
-        Attempt(() => CommandLine.ReadFile("file", text, []), [text]);
+        Attempt(() => CommandLine.ReadFile("file", text), [text]);
     });
 
     [Fact]

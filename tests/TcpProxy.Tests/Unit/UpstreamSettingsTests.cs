@@ -64,9 +64,8 @@ public sealed class UpstreamSettingsTests
     [Fact]
     public void In_one_quoted_word_or_in_a_file_they_are_the_rest_of_it()
     {
-        List<Setting> typed = [];
-        CommandLine.ReadFile("f", "upstream a:80 weight=3 name=\"b\"", typed);
-        Assert.Equal("upstream", typed.Single().Option.Name);
+        Choice typed = CommandLine.ReadFile("f", "upstream a:80 weight=3 name=\"b\"").Single();
+        Assert.Equal(("upstream", "a:80 weight=3 name=\"b\""), (typed.Name, typed.Value));
         UpstreamSettings settings = CommandLine.Parse(["8080", "a:80 weight=3 backup"]).Routes.Single().Upstreams.Single();
         Assert.Equal((3, true), (settings.Weight, settings.IsBackup));
     }
