@@ -171,7 +171,7 @@ internal static class Program
             PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed),
             PosixSignalRegistration.Create(PosixSignal.SIGINT, Heed),
             PosixSignalRegistration.Create(PosixSignal.SIGHUP, Heed),
-            Signals.OfUser(1, proxy.Reopen),
+            Signals.OfUser(1, proxy.Log.Reopen),
             Signals.OfUser(2, proxy.TellState),
         ];
         return await proxy.RunAsync() ? ExitStatus.Done : ExitStatus.Failed;
@@ -179,7 +179,7 @@ internal static class Program
         void Heed(PosixSignalContext context)
         {
             context.Cancel = true; // the runtime would end the process
-            bool isWindows = OperatingSystem.IsWindows(); // where HUP is the console that closes, TERM the machine that shuts down
+            bool isWindows = OperatingSystem.IsWindows(); // there HUP is a console that closes, TERM a machine that shuts down
             if (context.Signal == PosixSignal.SIGHUP && !isWindows)
             {
                 proxy.Reload(out _);
@@ -520,7 +520,8 @@ internal sealed class Option(
     /// <summary>As it was typed; without a value if that is null.</summary>
     internal Choice Typed(string? value, string where) =>
         IsFlag == (value is null) ? new Choice(Name, Group, Scope, value ?? "", where)
-        : throw new FormatException($"{where}: " + (value is null ? $"needs a value {Value}" : $"takes no value, but '{value}' was given"));
+        : throw new FormatException($"{where}: "
+            + (value is null ? $"needs a value {Value}" : $"takes no value, but '{value}' was given"));
 }
 
 internal static class CommandLine
@@ -709,9 +710,9 @@ internal static class CommandLine
         List<Choice> filed = [];
         if (settings.ConfigFile is { } file)
         {
-            byte[] bytes = [];
-            Text.At("--config", () => bytes = WholeFile.Read(file, LargestFile));
-            filed = ReadFile(file, Encoding.UTF8.GetString(bytes));
+            string text = "";
+            Text.At("--config", () => text = Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile)));
+            filed = ReadFile(file, text);
         }
 
         bool isPositional = positional.Count > 0;
@@ -982,15 +983,17 @@ internal sealed class ControlCommand(string words, string arguments, string help
     internal static string Answer(Proxy proxy, string[] words)
     {
         ControlCommand? command = Array.FindLast(Table, one => words.AsSpan().StartsWith(one._words));
-        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray()) : throw Unknown(words);
+        return command?._answer is { } answer ? answer(proxy, words.AsSpan(command._words.Length).ToArray())
+            : throw Unknown(words);
     }
 
     private static FormatException Unknown(string[] words)
     {
         string Typed(int count) => string.Join(' ', words, 0, Math.Min(count, words.Length));
+        string all = Typed(words.Length);
         string? near = Array.Find(Table, one => Text.Nearest(Typed(one._words.Length), one.Words) is not null)?.Words;
-        string meant = near is null || near.StartsWith(Typed(words.Length), StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
-        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(Typed(words.Length))}");
+        string meant = near is null || near.StartsWith(all, StringComparison.Ordinal) ? "" : $"; did you mean '{near}'?";
+        return new FormatException($"Unknown command: '{Text.Escape(Typed(2))}'{meant}\n{List(all)}");
     }
 
     private static string List(string start)
@@ -1005,8 +1008,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
 
     private static FormatException None(string what, string name, List<string> known)
     {
-        string? near = Text.Nearest(name, [.. known]);
-        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'" + (near is null ? "" : $"; did you mean '{near}'?"));
+        string meant = Text.Nearest(name, [.. known]) is { } near ? $"; did you mean '{near}'?" : "";
+        return new FormatException($"No such {what}. There is no '{Text.Escape(name)}'{meant}");
     }
 
     private static List<Route> RoutesOf(Proxy proxy, string name, string what)
@@ -1022,7 +1025,7 @@ internal sealed class ControlCommand(string words, string arguments, string help
         return servers;
     }
 
-    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name. Either may have slashes in it.</summary>
+    /// <summary>ROUTE/SERVER: that of this title, or all addresses of an upstream of this name; slashes may be in them.</summary>
     private static List<Server> ServersOf(Proxy proxy, string[] words)
     {
         string name = At(words, 0);
@@ -1057,7 +1060,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
             "weight" => SetWeight(proxy, words, 2),
             "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
             "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
-            _ => ServersOf(proxy, words).Count > 0 ? throw new FormatException("usage: set server <backend>/<server> state | weight") : "",
+            _ => throw new FormatException(ServersOf(proxy, words).Count == 0 ? "" // its own words come first
+                : "usage: set server <backend>/<server> state | weight"),
         };
     }
 
@@ -1143,8 +1147,9 @@ internal sealed class ControlCommand(string words, string arguments, string help
             string protocol = line.Client is not IPEndPoint client ? "unix_stream"
                 : client.AddressFamily == AddressFamily.InterNetwork || client.Address.IsIPv4MappedToIPv6 ? "tcpv4" : "tcpv6";
             string route = Word(line.RouteStats.Title);
-            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} srv={Word(line.ServerStats!.Title)} ")
-                .Append($"age={Age(line.Age)} idle={Age(bridge.Quiet)} up={bridge.BytesUp} down={bridge.BytesDown}\n");
+            text.Append($"0x{line.Id:x}: proto={protocol} src={Text.Of(line.Client)} fe={route} be={route} ")
+                .Append($"srv={Word(line.ServerStats!.Title)} age={Age(line.Age)} idle={Age(bridge.Quiet)} ")
+                .Append($"up={bridge.BytesUp} down={bridge.BytesDown}\n");
         }
 
         return text.ToString();
@@ -1206,10 +1211,10 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private static string ShowServers(Proxy proxy, string[] words)
     {
         List<Route> routes = words.Length == 0 ? proxy.Routes : RoutesOf(proxy, words[0], "backend");
-        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight "
-            + "srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state srv_agent_state "
-            + "bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port srv_check_addr srv_agent_addr "
-            + "srv_agent_port\n");
+        StringBuilder text = new("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight "
+            + "srv_iweight srv_time_since_last_change srv_check_status srv_check_result srv_check_health srv_check_state "
+            + "srv_agent_state bk_f_forced_id srv_f_forced_id srv_fqdn srv_port srvrecord srv_use_ssl srv_check_port "
+            + "srv_check_addr srv_agent_addr srv_agent_port\n");
         foreach (Route route in routes)
         {
             int id = 0;
@@ -1222,15 +1227,16 @@ internal sealed class ControlCommand(string words, string arguments, string help
                     .Append(!server.IsDown && server.Mode != ServerMode.Maintenance ? " 2 " : " 0 ")
                     .Append(server.Mode switch { ServerMode.Ready => 0, ServerMode.Drain => 8, _ => 1 })
                     .Append($" {server.Weight} {server.Upstream.Weight} {Seconds(server.Stats.Since)} {check} 0 0 0 ")
-                    .Append($"{(server.Resolver is null ? "-" : server.Upstream.Address.Host)} {target?.Port ?? 0} - 0 0 - - 0\n");
+                    .Append(server.Resolver is null ? "-" : server.Upstream.Address.Host)
+                    .Append($" {target?.Port ?? 0} - 0 0 - - 0\n");
             }
         }
 
         return text.ToString();
     }
 
-    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a server; -1
-    /// is any.</summary>
+    /// <summary>All rows, or those of a route, a type (the sum of 1 its own, 2 its servers' together, 4 its servers') and a
+    /// server; -1 is any.</summary>
     private static string ShowStat(Proxy proxy, string[] words)
     {
         (int types, int only) = (-1, -1);
@@ -1286,12 +1292,16 @@ internal sealed class ControlCommand(string words, string arguments, string help
             "uweight", weight, "act", active, "bck", backup, "algo", RouteSettings.Policies[(int)route.Settings.Pool.Policy]);
         return rows;
 
-        void Add(string name, int type, int sid, string status, Counters counters, params object[] own) // column, value, column ...
+        void Add(string name, int type, int sid, string status, Counters counters, params object[] own)
         {
-            object[] cells = ["pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
-                "status", status, "scur", counters.Current, "smax", counters.Most, "bin", counters.BytesUp, "bout", counters.BytesDown,
+            object[] cells = // column, value, column ...
+            [
+                "pxname", route.Title, "svname", name, "iid", id, "sid", sid, "type", type, "pid", 1, "mode", "tcp",
+                "status", status, "scur", counters.Current, "smax", counters.Most,
+                "bin", counters.BytesUp, "bout", counters.BytesDown,
                 .. type == 0 ? [] : new object[] { "econ", counters.ConnectFailures, "wredis", counters.Retries,
-                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own];
+                    "cli_abrt", counters.ClientResets, "srv_abrt", counters.ServerResets }, .. own,
+            ];
             Dictionary<string, object> row = [];
             for (int i = 0; i < cells.Length; i += 2)
             {
@@ -1317,7 +1327,8 @@ internal sealed class ControlCommand(string words, string arguments, string help
 
     /// <summary>Its two largest units.</summary>
     private static string Age(TimeSpan time) => time.Days > 0 ? $"{time.Days}d{time.Hours}h"
-        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m" : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
+        : time.Hours > 0 ? $"{time.Hours}h{time.Minutes}m"
+        : time.Minutes > 0 ? $"{time.Minutes}m{time.Seconds}s" : $"{time.Seconds}s";
 }
 
 /// <summary>--install-service: how the machine's service manager is to run this command line.</summary>
@@ -1446,16 +1457,7 @@ internal static class ServiceText
 /// <summary>What the command line asks for.</summary>
 internal enum Command
 {
-    Run,
-    ShortHelp,
-    FullHelp,
-    Version,
-    CheckConfig,
-    ReloadDryRun,
-    Explain,
-    InstallService,
-    WaitFor,
-    Control,
+    Run, ShortHelp, FullHelp, Version, CheckConfig, ReloadDryRun, Explain, InstallService, WaitFor, Control,
 }
 
 /// <summary>Where an option holds.</summary>
@@ -1482,6 +1484,8 @@ internal sealed class Choice(string name, string group, Scope scope, string valu
 
     /// <summary>The same with one more word.</summary>
     internal Choice With(string word) => new(Name, Group, Scope, $"{Value} {word}", Where);
+
+    public override string ToString() => $"{Name} {Value}".TrimEnd();
 
     internal bool Is(Choice other) => Name == other.Name && Value == other.Value;
 
@@ -1662,21 +1666,16 @@ internal sealed class Route
             : old?.Addresses is { } table && table.IsFor(settings.Limits) ? table : new AddressTable(settings.Limits, Title, log);
         Rates = settings.Bridge.HasRates ? new Rates(settings.Bridge, old?.Rates) : null;
         _old = old;
-        List<UpstreamPool> taken = []; // of the old one
-        foreach (UpstreamSettings upstream in settings.Upstreams)
+        HashSet<string> groups = [];
+        HashSet<UpstreamPool> taken = []; // of the old one
+        foreach (UpstreamSettings first in settings.Upstreams.FindAll(upstream => groups.Add(Group(upstream))))
         {
-            string group = Group(upstream);
-            UpstreamPool? known = group.Length == 0 ? Pool : _named.GetValueOrDefault(Key(upstream.ServerNames![0]));
-            if (known is null)
-            {
-                UpstreamPool? before = old?.PoolOf(upstream.ServerNames) is { } one && !taken.Contains(one) ? one : null;
-                UpstreamPool pool = new([.. settings.Upstreams.FindAll(one => Group(one) == group)],
-                    settings.Pool, settings.Connect, Stats, log, before);
-                taken.AddRange(before is null ? [] : [before]);
-                Pools.Add(pool);
-                Pool = group.Length == 0 ? pool : Pool;
-                Array.ForEach(upstream.ServerNames ?? [], name => _named[Key(name)] = pool);
-            }
+            UpstreamPool? before = old?.PoolOf(first.ServerNames) is { } one && taken.Add(one) ? one : null;
+            UpstreamPool pool = new([.. settings.Upstreams.FindAll(upstream => Group(upstream) == Group(first))],
+                settings.Pool, settings.Connect, Stats, log, before);
+            Pools.Add(pool);
+            Pool = first.ServerNames is null ? pool : Pool;
+            Array.ForEach(first.ServerNames ?? [], name => _named[Key(name)] = pool);
         }
 
         NeedsName = _named.Count > 0;
@@ -1788,14 +1787,12 @@ internal sealed class Proxy : IObserved
     private const int LastLines = 500; // ms for bridges that were cut to end, and again for the last lines of the log
     private const int Handover = 1000; // ms in which a client may still come to a route that is no longer in force
 
-    private readonly Settings _settings; // as a reload leaves them
     private readonly Func<Settings, Settings> _read; // what was typed, and the file as it is now
-    private readonly Log _log;
     private readonly Lock _changing = new(); // held while what follows changes
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
-    private readonly List<Acceptor> _watchers = []; // --stats, --control; owned; disposed at the end, so that one can look while it drains
+    private readonly List<Acceptor> _watchers = []; // --stats, --control; owned; live until it has drained
     private readonly Dictionary<string, string> _files = []; // written by us, so ours to remove; and what
     private readonly Account? _account; // to be
     private readonly Supervisor _supervisor;
@@ -1809,11 +1806,11 @@ internal sealed class Proxy : IObserved
 
     internal Proxy(Settings settings, Account? account, Func<Settings, Settings> read)
     {
-        (_settings, _account, _read) = (settings, account, read);
+        (Settings, _account, _read) = (settings, account, read);
         _supervisor = new Supervisor(() => $"{Text.Count(_routes.Count, "route")}, "
             + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
         _onceFailed = settings.Once; // until its connection has ended well
-        _log = new Log(settings.Log);
+        Log = new Log(settings.Log);
         _count = () => Volatile.Read(ref _serving) - 1;
         Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
@@ -1825,8 +1822,8 @@ internal sealed class Proxy : IObserved
 
     internal ConnectionLimit Limit { get; }
     internal List<Route> Routes => _routes;
-    internal Settings Settings => _settings;
-    internal Log Log => _log;
+    internal Settings Settings { get; } // as a reload leaves them
+    internal Log Log { get; }
     internal int Listeners => _acceptors.Count;
 
     public List<RouteStats> Look()
@@ -1844,13 +1841,13 @@ internal sealed class Proxy : IObserved
     /// <exception cref="IOException">it cannot start: an address is taken, a file cannot be written</exception>
     internal async Task<bool> RunAsync()
     {
-        _log.Start();
+        Log.Start();
         try
         {
             lock (_changing)
             {
                 StatsServer? stats = BindWatchers();
-                PutInForce(_settings);
+                PutInForce(Settings);
                 stats?.Start();
                 _watchers.ForEach(acceptor => acceptor.Start());
             }
@@ -1865,7 +1862,7 @@ internal sealed class Proxy : IObserved
             _watchers.ForEach(acceptor => acceptor.Dispose());
             Array.ForEach([.. _files.Keys], WholeFile.Remove);
             _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
-            _log.Stop(LastLines);
+            Log.Stop(LastLines);
         }
 
         return !_onceFailed;
@@ -1875,16 +1872,17 @@ internal sealed class Proxy : IObserved
     internal void Stop()
     {
         bool isFirst = Interlocked.Increment(ref _signals) == 1;
-        if (!isFirst || _settings.DrainTimeout > TimeSpan.Zero)
+        if (!isFirst || Settings.DrainTimeout > TimeSpan.Zero)
         {
-            _ = EndWithinAsync(isFirst ? _settings.DrainTimeout : TimeSpan.Zero);
+            _ = EndWithinAsync(isFirst ? Settings.DrainTimeout : TimeSpan.Zero);
         }
 
         _stopping.TrySetResult();
     }
 
-    /// <summary>HUP: reads the file and the lists of access rules again, and applies the difference, or nothing where anything is
-    /// wrong: false then. <paramref name="words"/> is what the log says of it. A dry run only says what would be different.</summary>
+    /// <summary>HUP: reads the file and the lists of access rules again, and applies the difference, or nothing where
+    /// anything is wrong: false then. <paramref name="words"/> is what the log says of it. A dry run only says what would
+    /// be different.</summary>
     internal bool Reload(out string words, bool isDry = false)
     {
         lock (_changing)
@@ -1911,7 +1909,7 @@ internal sealed class Proxy : IObserved
 
             if (!isDry)
             {
-                Array.ForEach(outcome, line => _log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
+                Array.ForEach(outcome, line => Log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
             }
 
             if (isTold)
@@ -1926,45 +1924,43 @@ internal sealed class Proxy : IObserved
 
     private string[] Change(bool isDry)
     {
-        List<AccessFile> lists = [.. _settings.AccessFiles.Values];
+        List<AccessFile> lists = [.. Settings.AccessFiles.Values];
         string[] difference = [lists.Count == 0 ? "there is no --config file to be read again" : "the lists are read again"];
-        if (_settings.ConfigFile is not null)
+        if (Settings.ConfigFile is not null)
         {
-            Settings next = _read(_settings);
-            next.Captures.Rotate = _settings.Captures.Rotate;
-            difference = Difference.Between(_settings, next);
+            Settings next = _read(Settings);
+            next.Captures.Rotate = Settings.Captures.Rotate;
+            difference = Difference.Between(Settings, next);
             if (!isDry)
             {
                 PutInForce(next);
             }
         }
 
-        lists.FindAll(list => !isDry && _settings.AccessFiles.ContainsValue(list)).ForEach(list => list.Reload(_log));
+        lists.FindAll(list => !isDry && Settings.AccessFiles.ContainsValue(list)).ForEach(list => list.Reload(Log));
         return difference;
     }
-
-    /// <summary>For those who rotate logs.</summary>
-    internal void Reopen() => _log.Reopen();
 
     /// <summary>Says in words how things stand.</summary>
     internal void TellState()
     {
         int most = 1000; // lines of servers
-        _log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
-            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(_log.DroppedInAll, "line")} of the log dropped{(IsDraining ? ", draining" : "")}");
+        Log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
+            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(Log.DroppedInAll, "line")} of the log dropped"
+            + (IsDraining ? ", draining" : ""));
         foreach (RouteStats route in Look())
         {
-            _log.State(Text.Count(route.Current, "connection") + (route.Queued > 0 ? $", {route.Queued} waiting" : "")
+            Log.State(Text.Count(route.Current, "connection") + (route.Queued > 0 ? $", {route.Queued} waiting" : "")
                 + (route.MaxConnections > 0 ? $", at most {route.MaxConnections}" : ""), route.Title);
-            most -= route.Servers.Count;
-            route.Servers[..Math.Clamp(most + route.Servers.Count, 0, route.Servers.Count)].ForEach(server => _log.State(
+            route.Servers[..Math.Clamp(most, 0, route.Servers.Count)].ForEach(server => Log.State(
                 $"server {server.Title} is {server.State}, {Text.Count(server.Current, "connection")}"
-                    + (server.Weight == 1 ? "" : $", weight {server.Weight}") + (server.IsBackup ? ", backup" : ""), route.Title));
+                + (server.Weight == 1 ? "" : $", weight {server.Weight}") + (server.IsBackup ? ", backup" : ""), route.Title));
+            most -= route.Servers.Count;
         }
 
         if (most < 0)
         {
-            _log.State($"and {Text.Count(-most, "server")} more");
+            Log.State($"and {Text.Count(-most, "server")} more");
         }
     }
 
@@ -1994,14 +1990,15 @@ internal sealed class Proxy : IObserved
             foreach (RouteSettings settings in next.Routes)
             {
                 Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
-                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, _log, old));
+                routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, Log, old));
                 OpenTaps(routes[^1].Settings, opened);
             }
 
             foreach (Route route in routes)
             {
                 int first = acceptors.Count;
-                Bind(route, acceptors, left);
+                Bind($"{route.Settings.At}route {route.Title}", route.Settings.Listen!,
+                    (client, portIndex) => Accepted(route, portIndex, client), acceptors, left);
                 if (!_acceptors.Contains(acceptors[first]))
                 {
                     listening.Add(() => Say(route.Settings, acceptors[first].Address));
@@ -2034,18 +2031,18 @@ internal sealed class Proxy : IObserved
         List<TimeSpan> bounds = [next.DrainTimeout, next.Log.Long, _supervisor.Bound];
         routes.ForEach(route => bounds.AddRange(route.Bounds()));
         Sweep.Start(bounds);
-        Limit.Most = next.MaxConnections == _settings.MaxConnections ? Limit.Most : next.MaxConnections;
+        Limit.Most = next.MaxConnections == Settings.MaxConnections ? Limit.Most : next.MaxConnections;
         gone.ForEach(route => route.StopChecks());
         added.ForEach(route => route.PutInForce());
         acceptors.ForEach(acceptor => acceptor.Start());
         left.ForEach(acceptor => acceptor.Dispose());
         (_routes, _acceptors) = (routes, acceptors);
-        _settings.TakeOver(next, routes.ConvertAll(route => route.Settings));
-        _ = AccessFile.WatchAsync([.. _settings.AccessFiles.Values], _log);
+        Settings.TakeOver(next, routes.ConvertAll(route => route.Settings));
+        _ = AccessFile.WatchAsync([.. Settings.AccessFiles.Values], Log);
         _ = RetireAsync(gone);
         listening.ForEach(say => say());
 
-        void Say(RouteSettings route, string address) => _log.Listening(
+        void Say(RouteSettings route, string address) => Log.Listening(
             route.Title, route.Listen!.PortCount == 1 ? address : route.Listen.Text,
             string.Join(' ', route.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
     }
@@ -2077,7 +2074,7 @@ internal sealed class Proxy : IObserved
     {
         try
         {
-            tap.Open(_log);
+            tap.Open(Log);
         }
         catch (IOException e)
         {
@@ -2085,16 +2082,16 @@ internal sealed class Proxy : IObserved
         }
     }
 
-    private void Bind(Route route, List<Acceptor> acceptors, List<Acceptor> left)
+    private void Bind(string what, ListenAddress address, Action<Socket, int> accepted, List<Acceptor> acceptors,
+        List<Acceptor>? left = null, bool isPrivate = false)
     {
-        ListenAddress address = route.Settings.Listen!;
         try
         {
-            Acceptor.Bind(address, _log, (client, portIndex) => Accepted(route, portIndex, client), acceptors, left);
+            Acceptor.Bind(address, Log, accepted, acceptors, left, isPrivate);
         }
-        catch (Exception e) when (e is SocketException or IOException)
+        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
         {
-            throw new IOException($"{route.Settings.At}route {route.Title}: cannot listen on {address.Text}: {Text.Reason(e)}"
+            throw new IOException($"{what}: cannot listen on {address.Text}: {Text.Reason(e)}"
                 + (address.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
                     ? "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE" : ""));
         }
@@ -2103,39 +2100,28 @@ internal sealed class Proxy : IObserved
     private StatsServer? BindWatchers()
     {
         StatsServer? stats = null;
-        if (_settings.Stats is { } address)
+        if (Settings.Stats is { } address)
         {
-            stats = new StatsServer(this, _log);
-            Watch("--stats", address, stats.Accepted, isPrivate: false);
-            _log.Event(LogLevel.Info, "stats", _watchers[0].Address);
+            stats = new StatsServer(this, Log);
+            Bind("--stats", address, (client, _) => stats.Accepted(client), _watchers);
+            Log.Event(LogLevel.Info, "stats", _watchers[0].Address);
         }
 
-        if (_settings.Control is { } path)
+        if (Settings.Control is { } path)
         {
-            Watch("--control", path, new ControlServer(words => Answer(this, words), _log).Accepted, isPrivate: true);
+            ControlServer control = new(words => Answer(this, words), Log);
+            Bind("--control", path, (client, _) => control.Accepted(client), _watchers, isPrivate: true);
         }
 
         return stats;
-    }
-
-    private void Watch(string option, ListenAddress address, Action<Socket> accepted, bool isPrivate)
-    {
-        try
-        {
-            Acceptor.Bind(address, _log, (client, _) => accepted(client), _watchers, isPrivate: isPrivate);
-        }
-        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
-        {
-            throw new IOException($"{option}: cannot listen on {address.Text}: {Text.Reason(e)}");
-        }
     }
 
     private void WriteFiles(List<Acceptor> acceptors)
     {
         StringBuilder ports = new();
         acceptors.ForEach(acceptor => ports.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
-        Write(_settings.PidFile, $"{Environment.ProcessId}\n");
-        Write(_settings.PortFile, ports.ToString());
+        Write(Settings.PidFile, $"{Environment.ProcessId}\n");
+        Write(Settings.PortFile, ports.ToString());
 
         // what stands there stays: it may be where only root could write (--user)
         void Write(string? path, string text)
@@ -2180,14 +2166,14 @@ internal sealed class Proxy : IObserved
     {
         StopAccepting();
         _routes.ForEach(route => route.StopChecks());
-        if (!_settings.Once)
+        if (!Settings.Once)
         {
-            _log.Count(LogLevel.Info, "draining", "connections", Volatile.Read(ref _serving) - 1);
+            Log.Count(LogLevel.Info, "draining", "connections", _count());
         }
 
         Leave();
         await _idle.Task;
-        _log.Event(LogLevel.Info, "stopped", "");
+        Log.Event(LogLevel.Info, "stopped", "");
     }
 
     private void Leave()
@@ -2203,7 +2189,7 @@ internal sealed class Proxy : IObserved
     /// <summary>(1) The acceptor's hand-over: from here on the socket is ours (rule 1).</summary>
     private void Accepted(Route route, int portIndex, Socket client)
     {
-        if (_settings.Once && Interlocked.Exchange(ref _onceTaken, 1) != 0)
+        if (Settings.Once && Interlocked.Exchange(ref _onceTaken, 1) != 0)
         {
             client.Dispose();
             return;
@@ -2215,7 +2201,7 @@ internal sealed class Proxy : IObserved
             return;
         }
 
-        if (_settings.Once)
+        if (Settings.Once)
         {
             _stopping.TrySetResult();
         }
@@ -2227,7 +2213,8 @@ internal sealed class Proxy : IObserved
     /// <summary>Steps (2) to (5). Nobody awaits it, so it ends without an exception whatever happens.</summary>
     private async Task ServeAsync(Route route, int portIndex, Socket client)
     {
-        ConnectionLine line = _settings.Log.Format == LogFormat.Haproxy ? new HaproxyLine(route.Stats, _count) : new ConnectionLine(route.Stats);
+        ConnectionLine line = Settings.Log.Format == LogFormat.Haproxy
+            ? new HaproxyLine(route.Stats, _count) : new ConnectionLine(route.Stats);
         long number = route.NextNumber(); // in the order of the accepts
         CloseReason? reason = null;
         bool isAdmitted = false;
@@ -2237,9 +2224,9 @@ internal sealed class Proxy : IObserved
         {
             route.Stats.Accepted();
             line.Client = client.RemoteEndPoint;
-            if (_log.Has(LogLevel.Debug))
+            if (Log.Has(LogLevel.Debug))
             {
-                _log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
+                Log.Event(LogLevel.Debug, "accepted", Text.Of(line.Client), route.Title);
             }
 
             AccessRules rules = route.Settings.Access; // (2)
@@ -2251,9 +2238,8 @@ internal sealed class Proxy : IObserved
             }
 
             isAdmitted = reason is null;
-            if (reason is not null)
+            if (!isAdmitted)
             {
-                Close(route, client, reason);
                 return;
             }
 
@@ -2267,7 +2253,6 @@ internal sealed class Proxy : IObserved
 
             if (reason is not null)
             {
-                Close(route, client, reason);
                 return;
             }
 
@@ -2279,8 +2264,9 @@ internal sealed class Proxy : IObserved
             {
                 line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
-                    : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket, connection.Server,
-                        connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout, _settings.Seed, number);
+                    : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket,
+                        connection.Server, connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout,
+                        Settings.Seed, number);
                 reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
@@ -2289,26 +2275,21 @@ internal sealed class Proxy : IObserved
                 Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
                 _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
                     : RelayTappedAsync(route, connection.Place!, bridge, taps);
-                return;
             }
-
-            connection.Socket?.Close(0);
-            connection.Release();
-            Close(route, client, reason);
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
         catch (Exception e)
 #pragma warning restore CA1031
         {
-            connection.Socket?.Close(0);
-            connection.Release();
-            client.Close(0);
             reason = CloseReason.Unexpected(e);
         }
         finally
         {
             if (reason is not null)
             {
+                connection.Socket?.Close(0);
+                connection.Release();
+                Close(route, client, reason);
                 taps?.End(reason.Code, reason.IsOrderly);
                 End(route, isAdmitted, line, reason);
             }
@@ -2337,7 +2318,7 @@ internal sealed class Proxy : IObserved
             : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
     }
 
-    /// <summary>Steps (6) to (8), which is where a connection spends its life: of the steps before them nothing is kept.</summary>
+    /// <summary>Steps (6) to (8), where a connection spends its life: of the steps before them nothing is kept.</summary>
     private async Task RelayAsync(Route route, Server server, Bridge bridge)
     {
         bridge.Start();
@@ -2377,7 +2358,8 @@ internal sealed class Proxy : IObserved
         }
 
         return refusal ?? (isSender ? route.Settings.Access.Refuse(line.Client) : null)
-            ?? (route.PoolOf(first.Name) is null ? new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name") : null);
+            ?? (route.PoolOf(first.Name) is not null ? null
+                : new CloseReason("PR", $"no server for {first.Whom}", kind: "no server for the name"));
     }
 
     /// <summary>A header to the server, and what was read. Null when it is sent.</summary>
@@ -2415,19 +2397,19 @@ internal sealed class Proxy : IObserved
         route.Stats.Ended(line, reason, isAdmitted);
         if (reason.Error is { } error)
         {
-            _log.Event(LogLevel.Error, "internal-error", error.ToString());
+            Log.Event(LogLevel.Error, "internal-error", error.ToString());
         }
 
         if (reason == CloseReason.OutOfDescriptors)
         {
-            Exhaustion.Refused(_log); // one line an episode, not one a client
+            Exhaustion.Refused(Log); // one line an episode, not one a client
         }
-        else if (!reason.IsRefusal || !_log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
+        else if (!reason.IsRefusal || !Log.Has(LogLevel.Info) || route.Refusals.IsWorthLine(Environment.TickCount64))
         {
-            _log.Ended(line); // (8)
+            Log.Ended(line); // (8)
         }
 
-        _onceFailed = _settings.Once && reason != CloseReason.Done;
+        _onceFailed = Settings.Once && reason != CloseReason.Done;
         End(route);
         Leave();
     }
@@ -2455,17 +2437,20 @@ internal static class Difference
             }
         }
 
-        List<string> process = Words(old.Choices.FindAll(one => !one.IsLasting), next.Choices.FindAll(one => !one.IsLasting));
-        lines.AddRange(process.ConvertAll(words => $"~ {words}"));
-        List<string> ignored = Words(old.Choices.FindAll(one => one.IsLasting), next.Choices.FindAll(one => one.IsLasting));
+        lines.AddRange(Process(isLasting: false).ConvertAll(words => $"~ {words}"));
+        List<string> ignored = Process(isLasting: true);
         lines.AddRange(ignored.Count == 0 ? [] : [$"! only a restart changes this: {string.Join(", ", ignored)}"]);
         return lines.Count == 0 ? ["nothing is different"] : [.. lines];
 
-        static string Listen(RouteSettings route) => $"listen {route.Listen!.Text}" + (route.Name is null ? "" : $", route {route.Name}")
+        List<string> Process(bool isLasting) => Words(
+            old.Choices.FindAll(one => one.IsLasting == isLasting), next.Choices.FindAll(one => one.IsLasting == isLasting));
+
+        static string Listen(RouteSettings route) => $"listen {route.Listen!.Text}"
+            + (route.Name is null ? "" : $", route {route.Name}")
             + (route.Choices.Find(choice => choice.Name == "listen") is { } listen ? $" ({listen.At})" : "");
     }
 
-    /// <summary>The one of <paramref name="old"/> that each route goes on from: of the same title, or else at the same address.</summary>
+    /// <summary>The one of <paramref name="old"/> that each route goes on from: of its title, or else at its address.</summary>
     internal static RouteSettings?[] Pair(List<RouteSettings> routes, List<RouteSettings> old)
     {
         RouteSettings?[] pairs = new RouteSettings?[routes.Count];
@@ -2492,11 +2477,11 @@ internal static class Difference
         {
             Choice? other = added.Find(other => other.Name == one.Name && other.Value.Split(' ')[0] == one.Value.Split(' ')[0])
                 ?? (Count(removed, one) == 1 && Count(added, one) == 1 ? added.Find(other => other.Name == one.Name) : null);
-            words.Add(other is null ? $"{one.Name} {one.Value}".TrimEnd() + " removed" : $"{one.Name} {one.Value} -> {other.Value}");
+            words.Add(other is null ? $"{one} removed" : $"{one} -> {other.Value}");
             added.RemoveAll(choice => choice == other);
         }
 
-        added.ForEach(one => words.Add($"{one.Name} {one.Value}".TrimEnd() + " added"));
+        added.ForEach(one => words.Add($"{one} added"));
         bool isMoved = words.Count == 0 && !Choice.AreSame(old, next, (one, choice) => one.Is(choice));
         words.AddRange(isMoved ? ["the same in another order"] : []);
         return words;
@@ -2524,7 +2509,8 @@ internal sealed class ExplainQuery
     {
         int at = text.IndexOf('@', StringComparison.Ordinal);
         _who = at < 0 ? text : text[..at];
-        _client = Network.Parse(_who).IsUnix ? null : IPAddress.TryParse(_who, out IPAddress? address) ? new IPEndPoint(address, 0)
+        _client = Network.Parse(_who).IsUnix ? null
+            : IPAddress.TryParse(_who, out IPAddress? address) ? new IPEndPoint(address, 0)
             : throw new FormatException($"'{_who}' is a network; one address is asked for");
         _utc = at < 0 ? DateTime.UtcNow : Units.ParseMoment(text[(at + 1)..]);
     }
@@ -2542,7 +2528,7 @@ internal sealed class ExplainQuery
                 new Route(route, new ConnectionLimit(0, null), silent).Pools.ForEach(
                     pool => text.Append($"  {pool.Explain(_client)}\n"));
                 route.Choices.FindAll(choice => choice.Where.Length > 0 && choice.Group is "balance" or "limits").ForEach(
-                    choice => text.Append($"  --{choice.Name} {choice.Value}\n"));
+                    choice => text.Append($"  --{choice}\n"));
             }
         }
 
