@@ -449,7 +449,7 @@ internal sealed class Option(
         new("ctl", "PATH COMMAND...", "observe", "",
             (s, _, v) => (s.Command, s.ControlPath) = (Command.Control, ListenAddress.ParsePath(v)),
             "Send COMMAND to the --control of a running tcpproxy (or to HAProxy's stats socket), print the answer, and exit: "
-            + "0, or 1 when it is an error, or has not come within --timeout.", Scope.CommandLine),
+            + "0, or 1 when it is an error, or has not come within --timeout.", Scope.Invocation),
         new("stats", "ADDR", "observe", "",
             (s, _, v) => s.Stats = ListenAddress.Parse(v) is { PortCount: 1 } address ? address
                 : throw new FormatException($"'{v}' is a range; one port is enough"),
@@ -459,17 +459,17 @@ internal sealed class Option(
 
         new("config", "FILE", "run", "", (s, _, v) => s.ConfigFile = Text.FileName(v),
             "Read options from FILE. One a line: its long name without dashes, then its value; # starts a comment. Options on "
-            + "the command line win over the file's, in every route.", Scope.CommandLine, letter: 'c'),
+            + "the command line win over the file's, in every route.", Scope.Invocation, letter: 'c'),
         new("check-config", "", "run", "", (s, _, _) => s.Command = Command.CheckConfig,
-            "Say whether the command line and the file are valid, and exit.", Scope.CommandLine),
+            "Say whether the command line and the file are valid, and exit.", Scope.Invocation),
         new("reload-dry-run", "", "run", "", (s, _, _) => s.Command = Command.ReloadDryRun,
             "Print what HUP would change in the running process, and exit: 0, or 1 when none answers at the --control of this "
             + "command line or file. + stands before what comes, - before what goes, ~ before what becomes another, and ! "
-            + "before what only a restart changes.", Scope.CommandLine),
+            + "before what only a restart changes.", Scope.Invocation),
         new("explain", "ADDRESS[@TIME]", "run", "", (s, _, v) => (s.Command, s.Explain) = (Command.Explain, new ExplainQuery(v)),
             "Print what each route would do with a client of ADDRESS (or unix), and why, and exit. TIME is local, as in "
             + "2026-11-23T08:30, or UTC with a Z behind it. Nothing is connected to, and no "
-            + "name is looked up.", Scope.CommandLine),
+            + "name is looked up.", Scope.Invocation),
         new("drain-timeout", "TIME", "run", "30s", (s, _, v) => s.DrainTimeout = Units.ParseTime(v),
             "On TERM or INT stop accepting and let connections finish for up to TIME. A second "
             + "signal ends at once.", Scope.Live),
@@ -497,20 +497,20 @@ internal sealed class Option(
             "Serve one connection, then exit: 0 if it ended well, else 1.", Scope.Process),
         new("install-service", "", "run", "", (s, _, _) => s.Command = Command.InstallService,
             "Print a systemd unit that runs this command line, with no more rights than it needs, and exit. On Windows print "
-            + "the sc.exe command that makes a service of it.", Scope.CommandLine),
+            + "the sc.exe command that makes a service of it.", Scope.Invocation),
         new("wait-for", "ADDR", "run", "", (s, _, v) => (s.Command, s.WaitFor) = (Command.WaitFor, UpstreamAddress.Parse(v)),
             "Wait until a server accepts connections at ADDR, and exit: 0 if it did "
-            + "within --timeout, else 1.", Scope.CommandLine),
+            + "within --timeout, else 1.", Scope.Invocation),
         new("timeout", "TIME", "run", "30s", (s, _, v) => s.WaitTimeout = Units.ParseTime(v),
-            "How long --wait-for and --ctl wait.", Scope.CommandLine),
+            "How long --wait-for and --ctl wait.", Scope.Invocation),
         new("quiet", "", "run", "", (s, _, _) => s.Log.Level = LogLevel.Warn,
             "Log warnings and errors only.", Scope.Live, letter: 'q'),
         new("verbose", "", "run", "", (s, _, _) => s.Log.Level = LogLevel.Debug,
             "Log everything.", Scope.Live, letter: 'v'),
         new("help", "", "run", "", (s, _, _) => s.Command = s.Where == "-h" ? Command.ShortHelp : Command.FullHelp,
-            "Print help and exit. -h is short, --help is all of it.", Scope.CommandLine, letter: 'h'),
+            "Print help and exit. -h is short, --help is all of it.", Scope.Invocation, letter: 'h'),
         new("version", "", "run", "", (s, _, _) => s.Command = Command.Version,
-            "Print the version and exit.", Scope.CommandLine, letter: 'V'),
+            "Print the version and exit.", Scope.Invocation, letter: 'V'),
     ];
 
     internal static Option? Find(string name) => Array.Find(Table, option => option.Name == name);
@@ -538,7 +538,7 @@ internal static class CommandLine
         RouteSettings defaults = new();
         Array.ForEach(Array.FindAll(Option.Table, option => option.Default.Length > 0),
             option => Apply(option.Typed(option.Default, ""), settings, defaults));
-        typed.FindAll(choice => choice.Scope == Scope.CommandLine).ForEach(choice => Apply(choice, settings, defaults));
+        typed.FindAll(choice => choice.Scope == Scope.Invocation).ForEach(choice => Apply(choice, settings, defaults));
         if (settings.Command == Command.Control)
         {
             settings.ControlWords = positional.Count > 0 ? string.Join(' ', positional)
@@ -673,7 +673,7 @@ internal static class CommandLine
             string name = blank < 0 ? line : line[..blank];
             Option option = Option.Find(name) ?? throw Unknown($"{at}: {name}", "", name.TrimStart('-'));
             string value = blank < 0 ? "" : Unquote(line[blank..].Trim(), at);
-            filed.Add(option.Scope == Scope.CommandLine
+            filed.Add(option.Scope == Scope.Invocation
                 ? throw new FormatException($"{at}: {name}: belongs on the command line, not in a file")
                 : option.Typed(value.Length > 0 ? value : null, $"{at}: {name}"));
         }
@@ -1466,7 +1466,7 @@ internal enum Scope
     Route, // for the route it stands in, or for every route when it stands before the first listen
     Process, // for the process, wherever it stands, and from its start to its end
     Live, // the same, but that a reload may change it
-    CommandLine, // the same, and has no meaning in a file
+    Invocation, // the same, and has no meaning in a file
 }
 
 /// <summary>An option as it was typed and where, or its default, which was typed nowhere.</summary>
