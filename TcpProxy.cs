@@ -1889,16 +1889,15 @@ internal sealed class Proxy : IObserved
         {
             string[] outcome;
             LogLevel level = LogLevel.Info;
-            bool isTold = !isDry && _routes.Count > 0 && !_stopping.Task.IsCompleted;
-            if (isTold)
+            bool isRunning = _routes.Count > 0 && !IsDraining;
+            if (isRunning && !isDry)
             {
                 _supervisor.Reloading();
             }
 
             try
             {
-                outcome = _routes.Count > 0 && !_stopping.Task.IsCompleted ? Change(isDry)
-                    : throw new IOException("this process starts or stops");
+                outcome = isRunning ? Change(isDry) : throw new IOException("this process starts or stops");
             }
 #pragma warning disable CA1031 // whatever happens, the server goes on
             catch (Exception e)
@@ -1912,7 +1911,7 @@ internal sealed class Proxy : IObserved
                 Array.ForEach(outcome, line => Log.Event(line[0] == '!' ? LogLevel.Warn : level, "reload", line));
             }
 
-            if (isTold)
+            if (isRunning && !isDry)
             {
                 _supervisor.Ready();
             }
