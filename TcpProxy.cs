@@ -877,8 +877,8 @@ internal static class Help
 
     internal const string Version = "0.1.0"; // the one place that says it: TcpProxy.csproj reads it here
 
-    internal static string Short() => Render(option => option.Help[..(option.Help.IndexOf(". ", StringComparison.Ordinal)
-        is int end and >= 0 ? end : option.Help.Length - 1)]) + "\n'tcpproxy --help' tells more.\n";
+    internal static string Short() =>
+        Render(option => option.Help.Split(". ")[0].TrimEnd('.')) + "\n'tcpproxy --help' tells more.\n";
 
     internal static string Full() => Render(option => option.Help) + Notes;
 
