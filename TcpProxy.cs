@@ -138,19 +138,17 @@ internal static class Program
                 Command.Explain => Print(settings.Explain!.Answer(settings)),
                 Command.InstallService => Print(ServiceText.Of(settings, args)),
                 Command.WaitFor => await UpstreamPool.WaitForAsync(settings.WaitFor!, settings.WaitTimeout) is { } failure
-                    ? Fail(ExitStatus.Failed, failure) : ExitStatus.Done,
+                    ? throw new IOException(failure) : ExitStatus.Done,
                 Command.Control => Tell(settings.ControlPath, settings.ControlWords, settings.WaitTimeout),
                 Command.ReloadDryRun => DryRun(settings),
                 _ => await RunAsync(settings, args),
             };
         }
-        catch (FormatException e)
+        catch (Exception e) when (e is FormatException or IOException)
         {
-            return Fail(ExitStatus.Usage, e.Message);
-        }
-        catch (IOException e)
-        {
-            return Fail(ExitStatus.Failed, e.Message);
+            StandardStream.TryWrite(
+                StandardStream.Error, Encoding.UTF8.GetBytes($"tcpproxy: error: {Text.Escape(e.Message)}\n"));
+            return e is FormatException ? ExitStatus.Usage : ExitStatus.Failed;
         }
     }
 
@@ -217,13 +215,6 @@ internal static class Program
 
     private static int Print(string text) =>
         StandardStream.TryWrite(StandardStream.Output, Encoding.UTF8.GetBytes(text)) ? ExitStatus.Done : ExitStatus.Failed;
-
-    private static int Fail(int status, string message)
-    {
-        StandardStream.TryWrite(
-            StandardStream.Error, Encoding.UTF8.GetBytes($"tcpproxy: error: {Text.Escape(message)}\n"));
-        return status;
-    }
 }
 
 // == 2  OPTIONS =====================================================================================================
@@ -2117,10 +2108,8 @@ internal sealed class Proxy : IObserved
 
     private void WriteFiles(List<Acceptor> acceptors)
     {
-        StringBuilder ports = new();
-        acceptors.ForEach(acceptor => ports.Append(acceptor.IsTwin ? "" : $"{acceptor.Address}\n"));
         Write(Settings.PidFile, $"{Environment.ProcessId}\n");
-        Write(Settings.PortFile, ports.ToString());
+        Write(Settings.PortFile, string.Concat(acceptors.ConvertAll(one => one.IsTwin ? "" : $"{one.Address}\n")));
 
         // what stands there stays: it may be where only root could write (--user)
         void Write(string? path, string text)
