@@ -13,12 +13,19 @@
 #   ./build.ps1 help             this text
 #
 #   $env:TCPPROXY_BIN = FILE     test, bench, fuzz: use FILE instead of building one
+#
+# Where Windows lets no script run: powershell -ExecutionPolicy Bypass -File build.ps1 ...
 
-# No param block: PowerShell would take the proxy's own options, such as -l, for parameters of this script.
-$words = @($args)
+# No param block: PowerShell would take the proxy's own options, such as -l, for parameters of this script. A list and a
+# number that it has made of a,b and 7d are the text again that was written.
+$words = @($args | ForEach-Object { $_ -join ',' })
 $ErrorActionPreference = 'Stop'
 if ($PSVersionTable.PSVersion.Major -ge 6 -and -not $IsWindows) {
-    & "$PSScriptRoot/build.sh" @words
+    # As literals: from a variable PowerShell would expand * and ~.
+    $literals = foreach ($word in $words) {
+        "'" + [Management.Automation.Language.CodeGeneration]::EscapeSingleQuotedStringContent($word) + "'"
+    }
+    & ([scriptblock]::Create("& `$args[0] $literals")) "$PSScriptRoot/build.sh"
     exit $LASTEXITCODE
 }
 
@@ -39,28 +46,31 @@ function Need-Sdk {
     $version = 'none'
     if (Get-Command dotnet -ErrorAction SilentlyContinue) { $version = [string] (& dotnet --version) }
     if ($version -match '^(\d+)\.' -and [int] $Matches[1] -ge 10) { return }
+    if (-not $version) { $version = 'none' } # dotnet is here without an SDK
     Die ".NET SDK 10 is needed (found: $version): winget install Microsoft.DotNet.SDK.10"
 }
 
-# The SDK finds Visual Studio's linker by itself; this only says in one line when there is none.
-function Need-Linker {
+# Whether Visual Studio can link for these machines (x86.x64 or ARM64); the SDK finds its linker by itself.
+function Test-Linker([string] $machines) {
     $vswhere = Join-Path ${env:ProgramFiles(x86)} 'Microsoft Visual Studio\Installer\vswhere.exe'
-    if (Test-Path $vswhere) {
-        $found = & $vswhere -latest -prerelease -products * -property installationPath `
-            -requires Microsoft.VisualStudio.Component.VC.Tools.x86.x64
-        if ($found) { Say 'toolchain: Visual Studio -> dynamic'; return }
-    }
+    return (Test-Path $vswhere) -and [bool] (& $vswhere -latest -prerelease -products * -property installationPath `
+        -requires "Microsoft.VisualStudio.Component.VC.Tools.$machines")
+}
+
+function Need-Linker {
+    if (Test-Linker 'x86.x64') { Say 'toolchain: Visual Studio -> dynamic'; return }
     Die ('no linker: winget install Microsoft.VisualStudio.2022.BuildTools --override ' +
         '"--passive --add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"')
 }
 
 # -- building -----------------------------------------------------------------------------------------------------
 
-# FOLDER COMMAND...: runs dotnet with its files below out\obj\FOLDER; tells whether it went well.
+# FOLDER COMMAND...: runs dotnet with its files below out\obj\FOLDER; tells whether it went well. What it writes goes to
+# stderr: stdout belongs to what is run.
 function Invoke-Sdk([string] $folder, [string[]] $command) {
     $env:ArtifactsPath = Join-Path $obj $folder
     Push-Location $root
-    try { & dotnet @command | Out-Host } finally { Pop-Location; $env:ArtifactsPath = $null }
+    try { & dotnet @command | ForEach-Object { Say $_ } } finally { Pop-Location; $env:ArtifactsPath = $null }
     return $LASTEXITCODE -eq 0
 }
 
@@ -111,6 +121,7 @@ function Try-It {
         if ($proxy.HasExited) { Die 'it has ended before it was ready' }
         Start-Sleep -Milliseconds 100
     }
+    $null = $proxy.Handle # without it Windows PowerShell does not know the exit status
     $client = New-Object Net.Sockets.TcpClient '127.0.0.1', ([int] ((Get-Content $port) -split ':')[-1])
     $stream = $client.GetStream()
     $line = [Text.Encoding]::ASCII.GetBytes("hello through tcpproxy`n")
@@ -118,6 +129,7 @@ function Try-It {
     Write-Output (New-Object IO.StreamReader $stream).ReadLine()
     $client.Close()
     $proxy.WaitForExit()
+    exit $proxy.ExitCode
 }
 
 # -- testing ------------------------------------------------------------------------------------------------------
@@ -131,7 +143,8 @@ function Run-Tests([string[]] $arguments) {
         '-p:Configuration=Debug'))) { Die 'the tests could not be built' }
     $results = Join-Path $obj 'results.xml'
     if (Test-Path $results) { Remove-Item $results }
-    & "$obj\test\bin\TcpProxy.Tests\debug\TcpProxy.Tests.exe" -noLogo @arguments -xml $results | Out-Host
+    if ([Console]::IsOutputRedirected) { $arguments = @('-noColor') + $arguments }
+    & "$obj\test\bin\TcpProxy.Tests\debug\TcpProxy.Tests.exe" -noLogo @arguments -xml $results
     $status = $LASTEXITCODE
     $passed = 0; $failed = 0; $skipped = 0
     if (Test-Path $results) {
@@ -150,12 +163,14 @@ function Check {
     Need-Sdk
     Need-Linker
     New-Item -ItemType Directory -Force $obj | Out-Null
-    $projects = @('TcpProxy.csproj') + @(Get-ChildItem "$root\tests\*\*.csproj" | ForEach-Object { $_.FullName })
+    $projects = @('TcpProxy.csproj')
+    $projects += Get-ChildItem "$root\tests\*\*.csproj" | ForEach-Object { "tests/$($_.Directory.Name)/$($_.Name)" }
     foreach ($project in $projects) {
         Say "check: ${project}: format"
-        $good = (Invoke-Sdk 'check' @('restore', $project, '-nologo', '-v:quiet')) -and
-            (Invoke-Sdk 'check' @('format', $project, '--no-restore', '--verify-no-changes'))
-        if (-not $good) { Die "not clean; dotnet format $project mends what it can" }
+        if (-not (Invoke-Sdk 'check' @('restore', $project, '-nologo', '-v:quiet'))) { Die "$project could not be restored" }
+        if (-not (Invoke-Sdk 'check' @('format', $project, '--no-restore', '--verify-no-changes'))) {
+            Die "not clean; dotnet format $project mends what it can"
+        }
         if ($project -eq 'TcpProxy.csproj') { continue }
         Say "check: ${project}: analyzers"
         if (-not (Invoke-Sdk 'check' @('msbuild', $project, '-restore', '-t:Rebuild', '-nologo', '-v:quiet',
@@ -194,24 +209,35 @@ function Get-Section([string] $heading) {
     return ($lines -join "`n") + "`n"
 }
 
+# FILE RID: the binary FILE.exe, and FILE.zip of all that one needs.
+function Target([string] $file, [string] $rid) {
+    Publish "$file.exe" @('-r', $rid)
+    Show-Size "$file.exe"
+    $stage = Join-Path $obj (Split-Path -Leaf $file)
+    if (Test-Path $stage) { Remove-Item -Recurse -Force $stage }
+    New-Item -ItemType Directory -Force $stage | Out-Null
+    Copy-Item "$file.exe" "$stage\tcpproxy.exe"
+    Copy-Item "$root\README.md" $stage
+    [IO.File]::WriteAllText("$stage\LICENCE", (Get-Section '## Licence'))
+    [IO.File]::WriteAllText("$stage\tcpproxy.conf", (Get-Section '### The file'))
+    Compress-Archive -Path $stage -DestinationPath "$file.zip"
+    Remove-Item -Recurse -Force $stage
+}
+
 function Dist {
     Need-Sdk
     Need-Linker
     $version = & dotnet msbuild "$root\TcpProxy.csproj" -nologo -getProperty:Version
+    if ($LASTEXITCODE -ne 0) { Die "no version: $version" }
     $dist = Join-Path $out 'dist'
     if (Test-Path $dist) { Remove-Item -Recurse -Force $dist }
     New-Item -ItemType Directory -Force $dist, $obj | Out-Null
-    $file = Join-Path $dist "tcpproxy-$version-win-x64.exe"
-    Publish $file @('-r', 'win-x64')
-    Show-Size $file
-    $stage = Join-Path $obj "tcpproxy-$version-win-x64"
-    if (Test-Path $stage) { Remove-Item -Recurse -Force $stage }
-    New-Item -ItemType Directory -Force $stage | Out-Null
-    Copy-Item $file "$stage\tcpproxy.exe"
-    Copy-Item "$root\README.md" $stage
-    [IO.File]::WriteAllText("$stage\LICENCE", (Get-Section '## Licence'))
-    [IO.File]::WriteAllText("$stage\tcpproxy.conf", (Get-Section '### The file'))
-    Compress-Archive -Path $stage -DestinationPath "$dist\tcpproxy-$version-win-x64.zip"
+    Target "$dist\tcpproxy-$version-win-x64" 'win-x64'
+    if (Test-Linker 'ARM64') {
+        Target "$dist\tcpproxy-$version-win-arm64" 'win-arm64'
+    } else {
+        Say 'win-arm64: not made: no tools for it: Visual Studio Installer, Microsoft.VisualStudio.Component.VC.Tools.ARM64'
+    }
     Say 'linux-x64, linux-arm64: not made: run ./build.sh dist on Linux'
     Say 'osx-arm64, osx-x64: not made: native code for macOS is linked on macOS; run ./build.sh dist there'
     $sums = Get-ChildItem $dist -Filter 'tcpproxy-*' | ForEach-Object {
@@ -225,38 +251,46 @@ function Dist {
 
 $word = 'build'
 $rest = @()
-if ($words.Count -gt 0) { $word = [string] $words[0] }
-if ($words.Count -gt 1) { $rest = @($words[1..($words.Count - 1)] | ForEach-Object { [string] $_ }) }
-switch -Exact ($word) {
-    'build' {
-        if ($rest.Count -gt 0) { Usage "build: unknown argument '$($rest[0])'" }
-        Build
-        Show-Size $binary
-    }
-    'try' { Try-It }
-    'run' { Build; & $binary @rest; exit $LASTEXITCODE }
-    'test' {
-        Run-Tests @($rest | ForEach-Object { '-method'; "*$_*" })
-    }
-    'check' { Check }
-    'bench' { Bench $rest }
-    'fuzz' {
-        $seconds = 0
-        if ($rest.Count -ne 1 -or -not [int]::TryParse($rest[0], [ref] $seconds) -or $seconds -le 0) { Usage 'fuzz: how many SECONDS?' }
-        $env:TCPPROXY_FUZZ_SECONDS = "$seconds"
-        Run-Tests @('-class', '*Fuzz*')
-    }
-    'dist' { Dist }
-    'clean' {
-        foreach ($folder in @($out, "$root\obj", "$root\bin", "$root\tests\*\obj", "$root\tests\*\bin")) {
-            if (Test-Path $folder) { Remove-Item -Recurse -Force $folder }
+if ($words.Count -gt 0) { $word = $words[0] }
+if ($words.Count -gt 1) { $rest = @($words[1..($words.Count - 1)]) }
+$given = $env:TCPPROXY_BIN, $env:TCPPROXY_FUZZ_SECONDS
+try {
+    switch -Exact ($word) {
+        'build' {
+            if ($rest.Count -gt 0) { Usage "build: unknown argument '$($rest[0])'" }
+            Build
+            Show-Size $binary
         }
-    }
-    { $_ -in 'help', '-h', '--help' } {
-        foreach ($line in Get-Content $PSCommandPath) {
-            if ($line -notmatch '^#') { break }
-            $line -replace '^# ?', ''
+        'try' { Try-It }
+        'run' { Build; & $binary @rest; exit $LASTEXITCODE }
+        'test' {
+            Run-Tests @($rest | ForEach-Object { '-method'; "*$_*" })
         }
+        'check' { Check }
+        'bench' { Bench $rest }
+        'fuzz' {
+            $seconds = 0
+            if ($rest.Count -ne 1 -or -not [int]::TryParse($rest[0], [ref] $seconds) -or $seconds -le 0) {
+                Usage 'fuzz: how many SECONDS?'
+            }
+            $env:TCPPROXY_FUZZ_SECONDS = "$seconds"
+            Run-Tests @('-class', '*Fuzz*')
+        }
+        'dist' { Dist }
+        'clean' {
+            foreach ($folder in @($out, "$root\obj", "$root\bin", "$root\tests\*\obj", "$root\tests\*\bin")) {
+                if (Test-Path $folder) { Remove-Item -Recurse -Force $folder }
+            }
+        }
+        { $_ -in 'help', '-h', '--help' } {
+            foreach ($line in Get-Content $PSCommandPath) {
+                if ($line -notmatch '^#') { break }
+                $line -replace '^# ?', ''
+            }
+        }
+        default { Usage "unknown word '$word'" }
     }
-    default { Usage "unknown word '$word'" }
+} finally { # a console keeps what is set here, and its next test would test that binary without building it
+    $env:TCPPROXY_BIN, $env:TCPPROXY_FUZZ_SECONDS = $given
 }
+exit 0 # not the status of something before
