@@ -353,7 +353,7 @@ case $word in
     check) check ;;
     bench) bench "$@" ;;
     fuzz)
-        [ "${1-}" -gt 0 ] 2>/dev/null || usage "fuzz: how many SECONDS?"
+        [ $# = 1 ] && [ "$1" -gt 0 ] 2>/dev/null || usage "fuzz: how many SECONDS?"
         export TCPPROXY_FUZZ_SECONDS="$1"
         run_tests -class '*Fuzz*' ;;
     dist) dist ;;
