@@ -2529,34 +2529,28 @@ internal sealed class ExplainQuery
 // client's (it left while it waited: go on) or the machine's (out of descriptors or memory: refuse those who wait,
 // with the help of one descriptor kept in reserve, and go on). It is never a reason to stop listening.
 
-internal sealed class Acceptor : IDisposable
+internal sealed class Acceptor(
+    Socket socket, string key, string? path, bool isTwin, Log log, Action<Socket> accepted) : IDisposable
 {
     private const int Backlog = 4096; // the kernel takes its own limit when that is lower (net.core.somaxconn)
     private const int Burst = 64; // clients accepted without a wait
     private const int Pause = 50; // ms between two looks at the backlog while out of descriptors
     private const int FreePortTries = 20; // to find one port that is free on both loopback addresses
 
-    private static readonly List<string> Adopted = []; // descriptors
+    private static readonly List<int> Adopted = []; // descriptors
 
-    private readonly Socket _socket; // owned; disposed when accepting has stopped
-    private readonly string? _path; // of a unix socket that we made; removed by Dispose
-    private readonly string _key; // what was bound, as it was asked for
-    private readonly Log _log;
+    private readonly Socket _socket = socket; // owned; disposed when accepting has stopped
+    private readonly string? _path = path; // of a unix socket that we made; removed by Dispose
+    private readonly string _key = key; // what was bound, as it was asked for
     private readonly CancellationTokenSource _stopping = new();
-    private volatile Action<Socket> _accepted;
-    private Action<Socket> _next; // what Start puts in its place
+    private volatile Action<Socket> _accepted = accepted;
+    private Action<Socket> _next = accepted; // what Start puts in its place
     private bool _isRunning;
 
-    private Acceptor(Socket socket, string key, string? path, bool isTwin, Log log, Action<Socket> accepted)
-    {
-        (_socket, _key, _path, IsTwin, _log, _accepted, _next) = (socket, key, path, isTwin, log, accepted, accepted);
-        Address = path is not null ? $"unix:{path}" : Text.Of(socket.LocalEndPoint);
-    }
-
-    internal string Address { get; }
+    internal string Address { get; } = path is not null ? $"unix:{path}" : Text.Of(socket.LocalEndPoint);
 
     /// <summary>The second socket of one listen address: [::1] beside 127.0.0.1 with the same port.</summary>
-    internal bool IsTwin { get; }
+    internal bool IsTwin { get; } = isTwin;
 
     /// <summary>Accepts from now on, or hands over from now on to whom <see cref="Bind"/> has named last.</summary>
     internal void Start()
@@ -2595,7 +2589,7 @@ internal sealed class Acceptor : IDisposable
                 ValueTask<Socket> accepting = _socket.AcceptAsync(_stopping.Token);
                 burst = accepting.IsCompleted ? burst : 0;
                 Socket client = await accepting;
-                Exhaustion.Recovered(_log);
+                Exhaustion.Recovered(log);
                 _accepted(client);
             }
             catch (OperationCanceledException)
@@ -2604,7 +2598,7 @@ internal sealed class Acceptor : IDisposable
             }
             catch (SocketException e) when (SocketErrors.IsExhausted(e.SocketErrorCode))
             {
-                Exhaustion.RefuseWaiting(_socket, _log);
+                Exhaustion.RefuseWaiting(_socket, log);
                 await Task.Delay(Pause);
             }
             catch (SocketException)
@@ -2641,35 +2635,31 @@ internal sealed class Acceptor : IDisposable
         switch (address.Kind)
         {
             case AddressKind.Unix:
-                Add(address.Text, () => [BindUnix(address.Host)], 0);
+                Add(address.Text, () => [BindUnix(address.Host)]);
                 break;
             case AddressKind.Descriptor:
-                foreach (int descriptor in Descriptors.Inherited(address.Host))
-                {
-                    Add($"fd:{Text.Of(descriptor)}", () => [Adopt(descriptor)], 0);
-                }
-
+                Array.ForEach(Descriptors.Inherited(address.Host),
+                    descriptor => Add($"fd:{Text.Of(descriptor)}", () => [Adopt(descriptor)]));
                 break;
             case AddressKind.Loopback:
-                for (int i = 0; i < address.PortCount; i++)
-                {
-                    Add($"localhost:{Text.Of(address.PortAt(i))}", () => BindLoopback(address.PortAt(i)), i);
-                }
-
+                AddPorts("localhost", BindLoopback);
                 break;
             default:
-                foreach (IPAddress host in Addresses(address.Host))
-                {
-                    for (int i = 0; i < address.PortCount; i++)
-                    {
-                        Add($"{host}:{Text.Of(address.PortAt(i))}", () => [BindTcp(host, address.PortAt(i))], i);
-                    }
-                }
-
+                Array.ForEach(Addresses(address.Host),
+                    host => AddPorts($"{host}", port => [BindOne(new IPEndPoint(host, port))]));
                 break;
         }
 
-        void Add(string key, Func<Socket[]> bind, int portIndex)
+        void AddPorts(string host, Func<int, Socket[]> bind)
+        {
+            for (int i = 0; i < address.PortCount; i++)
+            {
+                int port = address.PortAt(i);
+                Add($"{host}:{Text.Of(port)}", () => bind(port), i);
+            }
+        }
+
+        void Add(string key, Func<Socket[]> bind, int portIndex = 0)
         {
             void HandOver(Socket client) => accepted(client, portIndex);
 
@@ -2707,17 +2697,18 @@ internal sealed class Acceptor : IDisposable
             : Dns.GetHostAddresses(host);
     }
 
-    private static Socket BindTcp(IPAddress address, int port)
+    private static Socket BindOne(EndPoint endPoint)
     {
-        Socket socket = new(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
+        Socket socket = new(endPoint.AddressFamily, SocketType.Stream,
+            endPoint is IPEndPoint ? ProtocolType.Tcp : ProtocolType.Unspecified);
         try
         {
-            if (address.Equals(IPAddress.IPv6Any))
+            if (endPoint is IPEndPoint { Address: var address } && address.Equals(IPAddress.IPv6Any))
             {
                 socket.DualMode = true;
             }
 
-            socket.Bind(new IPEndPoint(address, port));
+            socket.Bind(endPoint);
             return socket;
         }
         catch (SocketException)
@@ -2732,10 +2723,11 @@ internal sealed class Acceptor : IDisposable
     {
         for (int i = 1; ; i++)
         {
-            Socket first = BindTcp(IPAddress.Loopback, port);
+            Socket first = BindOne(new IPEndPoint(IPAddress.Loopback, port));
+            IPEndPoint second = new(IPAddress.IPv6Loopback, ((IPEndPoint)first.LocalEndPoint!).Port);
             try
             {
-                return [first, BindTcp(IPAddress.IPv6Loopback, ((IPEndPoint)first.LocalEndPoint!).Port)];
+                return [first, BindOne(second)];
             }
             catch (SocketException e) when (e.SocketErrorCode != SocketError.AddressAlreadyInUse)
             {
@@ -2756,18 +2748,8 @@ internal sealed class Acceptor : IDisposable
     private static Socket BindUnix(string path)
     {
         UnixDomainSocketEndPoint endPoint = new(path);
-        Socket socket = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            RemoveStale(endPoint, path);
-            socket.Bind(endPoint);
-            return socket;
-        }
-        catch (SocketException)
-        {
-            socket.Dispose();
-            throw;
-        }
+        RemoveStale(endPoint, path);
+        return BindOne(endPoint);
     }
 
     /// <summary>A path that a process which is gone has left behind refuses connections; a live one is kept.</summary>
@@ -2796,13 +2778,13 @@ internal sealed class Acceptor : IDisposable
     {
         try
         {
-            if (Adopted.Contains(Text.Of(descriptor)))
+            if (Adopted.Contains(descriptor))
             {
                 throw new IOException($"descriptor {descriptor} was taken before; what has its number now may be another's");
             }
 
-            Socket socket = new(new SafeSocketHandle(descriptor, ownsHandle: true));
-            Adopted.Add(socket.SocketType == SocketType.Stream ? Text.Of(descriptor)
+            Socket socket = SocketPair.Own(descriptor);
+            Adopted.Add(socket.SocketType == SocketType.Stream ? descriptor
                 : throw new IOException($"descriptor {descriptor} is not a stream socket"));
             return socket;
         }
@@ -2820,18 +2802,14 @@ internal static class Exhaustion
     private const int Over = 1000; // ms without a refusal
 
     private static readonly Lock Gate = new();
-    private static Socket? _reserve = NewReserve();
-    private static long _refused;
-    private static long _last; // when the last client was refused
-    private static volatile bool _lasts;
+    private static Socket? _reserve = NewReserve(); // under the gate
+    private static long _refused; // since it began
+    private static long _last; // when the last client was refused; 0 = it is over
 
     internal static void Refused(Log log)
     {
-        lock (Gate)
-        {
-            _refused++;
-            Begin(log);
-        }
+        Begin(log);
+        Interlocked.Increment(ref _refused);
     }
 
     /// <summary>Refuses all who wait at <paramref name="listener"/>: the reserve lends them a descriptor to be closed
@@ -2848,7 +2826,7 @@ internal static class Exhaustion
                 while (true)
                 {
                     listener.Accept().Close(0);
-                    _refused++;
+                    Interlocked.Increment(ref _refused);
                 }
             }
             catch (Exception e) when (e is SocketException or ObjectDisposedException)
@@ -2864,26 +2842,17 @@ internal static class Exhaustion
 
     internal static void Recovered(Log log)
     {
-        if (_lasts && Environment.TickCount64 - Volatile.Read(ref _last) > Over)
+        long last = Volatile.Read(ref _last);
+        if (last != 0 && Environment.TickCount64 - last > Over && Interlocked.CompareExchange(ref _last, 0, last) == last)
         {
-            lock (Gate)
-            {
-                if (_lasts)
-                {
-                    _lasts = false;
-                    log.Count(LogLevel.Warn, "recovered", "refused", _refused);
-                    _refused = 0;
-                }
-            }
+            log.Count(LogLevel.Warn, "recovered", "refused", Interlocked.Exchange(ref _refused, 0));
         }
     }
 
     private static void Begin(Log log)
     {
-        Volatile.Write(ref _last, Environment.TickCount64);
-        if (!_lasts)
+        if (Interlocked.Exchange(ref _last, Environment.TickCount64) == 0)
         {
-            _lasts = true;
             log.Event(LogLevel.Warn, "exhausted",
                 $"out of descriptors or memory ({Descriptors.Limit} descriptors allowed): refusing clients");
         }
