@@ -2956,8 +2956,9 @@ internal sealed class AccessRule
     internal int Find(in Network client, DateTime utc)
     {
         int line = 0;
-        List<AccessList> lists = _schedule?.Holds(utc) == false ? [] : _file?.Lists ?? _own;
-        for (int i = 0; i < lists.Count && line == 0; i++)
+        bool holds = _schedule?.Holds(utc) != false;
+        List<AccessList> lists = _file?.Lists ?? _own;
+        for (int i = 0; holds && i < lists.Count && line == 0; i++)
         {
             line = lists[i].Find(client, utc);
         }
@@ -3002,7 +3003,7 @@ internal sealed class AccessList(string when)
         }
     }
 
-    /// <summary>Before anybody searches. Networks lie within each other or apart, so those within another are not needed.</summary>
+    /// <summary>Before anybody searches. Networks lie within each other or apart: those within another are not needed.</summary>
     internal void Sort()
     {
         Network? widest = null; // so far
@@ -3037,7 +3038,6 @@ internal sealed class AccessFile
     internal AccessFile(string path)
     {
         Path = path;
-        _read = State();
         Read();
     }
 
@@ -3059,7 +3059,6 @@ internal sealed class AccessFile
     {
         lock (_gate)
         {
-            _read = State();
             try
             {
                 Read();
@@ -3089,6 +3088,7 @@ internal sealed class AccessFile
 
     private void Read()
     {
+        _read = State();
         List<AccessList> lists = [];
         ReadOnlySpan<byte> text = WholeFile.Read(Path, Largest);
         int number = 0;
@@ -3121,8 +3121,9 @@ internal sealed class AccessFile
     }
 }
 
-/// <summary>When a rule holds: on some days, between two times of the day, by the clocks of a zone. A window that passes midnight
-/// belongs to the day on which it begins. What clocks show twice in a night is in the window twice, what they skip is not.</summary>
+/// <summary>When a rule holds: on some days, between two times of the day, by the clocks of a zone. A window that passes
+/// midnight belongs to the day on which it begins. What clocks show twice in a night is in the window twice, what they skip
+/// is not.</summary>
 internal sealed class Schedule
 {
     private const int Midnight = 24 * 60; // minutes
@@ -3156,15 +3157,16 @@ internal sealed class Schedule
         if (words is [var zone, ..])
         {
             _zone = words.Length == 1 && TimeZoneInfo.TryFindSystemTimeZoneById(zone, out TimeZoneInfo? found) ? found
-                : throw new FormatException($"'{string.Join(' ', words!)}' is not known here as days, a time window or a time zone; "
-                    + "write mon-fri 09:00-17:30 Europe/Paris, or some of it");
+                : throw new FormatException($"'{string.Join(' ', words!)}' is not known here as days, a time window or a time "
+                    + "zone; write mon-fri 09:00-17:30 Europe/Paris, or some of it");
         }
     }
 
     /// <summary>[DAYS] [HH:MM-HH:MM] [ZONE]. Null when there are no words, which is always.</summary>
     /// <exception cref="FormatException">it is no such thing</exception>
     internal static Schedule? Parse(string text) =>
-        text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries) is { Length: > 0 } words ? new Schedule(words) : null;
+        text.Split((char[])[' ', '\t'], StringSplitOptions.RemoveEmptyEntries) is { Length: > 0 } words
+            ? new Schedule(words) : null;
 
     internal bool Holds(DateTime utc)
     {
