@@ -3490,7 +3490,8 @@ internal sealed class UpstreamSettings(UpstreamAddress address)
     internal static UpstreamSettings Parse(string text)
     {
         string[] words = text.Replace('\t', ' ').Split(' ', StringSplitOptions.RemoveEmptyEntries);
-        int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne) : Math.Min(1, words.Length);
+        int first = text.StartsWith("unix:", StringComparison.Ordinal) ? Array.FindIndex(words, IsOne)
+            : Math.Min(1, words.Length);
         string address = first < 0 ? text : string.Join(' ', words, 0, first);
         UpstreamSettings settings = new(UpstreamAddress.Parse(address));
         for (int i = first; i >= 0 && i < words.Length; i++)
@@ -3604,8 +3605,9 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
     internal ServerStats Look()
     {
         Stats.Address = Targets.Length > 0 ? Text.Of(Targets[0]) : Upstream.Address.Text;
-        (Stats.Weight, Stats.IsBackup, Stats.MaxConnections) = (Weight, Upstream.IsBackup, MaxConnections);
-        (Stats.Current, Stats.IsChecked, Stats.Percent) = (Volatile.Read(ref Active), IsChecked, Percent(Environment.TickCount64));
+        (Stats.Weight, Stats.IsBackup, Stats.IsChecked) = (Weight, Upstream.IsBackup, IsChecked);
+        (Stats.Current, Stats.MaxConnections) = (Volatile.Read(ref Active), MaxConnections);
+        Stats.Percent = Percent(Environment.TickCount64);
         Stats.State = Mode == ServerMode.Maintenance ? "maint" : Mode == ServerMode.Drain ? "drain"
             : IsDown ? "down" : Weight == 0 ? "drain" : "up";
         return Stats;
@@ -4034,8 +4036,8 @@ internal sealed class Balancer(
             if (server.Mode != mode)
             {
                 log.ServerState(RouteStats.Title, server.Title, mode);
-                server.BackSince = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1 ? Environment.TickCount64 : 0;
-                server.Mode = mode;
+                bool isBack = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1;
+                (server.Mode, server.BackSince) = (mode, isBack ? Environment.TickCount64 : 0);
                 server.Stats.Turned(isDown: false);
             }
         }
@@ -4262,8 +4264,8 @@ internal sealed class UpstreamPool(
 {
     private const int WaitPause = 100; // ms between two attempts of --wait-for
 
-    private readonly Resolver?[] _resolvers = // null for what needs no look-up
-        Array.ConvertAll(upstreams, upstream => old?.ResolverOf(upstream) ?? Resolver.For(upstream.Address, connect, route.Title, log));
+    private readonly Resolver?[] _resolvers = Array.ConvertAll(upstreams, upstream => // null for what needs no look-up
+        Resolver.For(upstream.Address, old?._resolvers ?? [], connect.Resolve, route.Title, log));
     private readonly Balancer?[] _balancers = // one, or one a port where ranges are mapped; made when needed
         new Balancer?[Array.Find(upstreams, upstream => upstream.Address.PortCount > 1)?.Address.PortCount ?? 1];
     private UpstreamPool? _old = old; // until it is in force
@@ -4371,9 +4373,6 @@ internal sealed class UpstreamPool(
         return $"server{names}: {(upstreams.Length == 1 ? all : $"{which}, of {all}")}";
     }
 
-    private Resolver? ResolverOf(UpstreamSettings upstream) => Array.Find(upstreams, one => one.Kind == upstream.Kind
-        && one.Address.Host == upstream.Address.Host) is { } same ? _resolvers[Array.IndexOf(upstreams, same)] : null;
-
     /// <summary>Those there are now, of every port.</summary>
     internal List<Server> Servers()
     {
@@ -4480,14 +4479,8 @@ internal sealed class UpstreamPool(
         do
         {
             await Resolver.RefreshAsync(_resolvers, Watched.Deadline(connect.Timeout));
-            for (int i = 0; i < _balancers.Length; i++)
-            {
-                foreach (Server server in Array.FindAll(BalancerOf(i).Servers, one => one.Targets.Length > 0 && one.Checker != this))
-                {
-                    _ = CheckAsync(server);
-                }
-            }
-
+            Servers().FindAll(server => server.Targets.Length > 0 && server.Checker != this).ForEach(
+                server => _ = CheckAsync(server));
             await Task.Delay(settings.Check);
         }
         while (_isChecking && Array.Exists(_resolvers, resolver => resolver is not null));
@@ -4515,8 +4508,7 @@ internal sealed class UpstreamPool(
 
     private async Task<CloseReason?> ProbeAsync(Server server)
     {
-        TimeSpan time = connect.Timeout > TimeSpan.Zero && connect.Timeout < settings.Check ? connect.Timeout : settings.Check;
-        long deadline = Environment.TickCount64 + (long)time.TotalMilliseconds;
+        long deadline = Math.Min(Watched.Deadline(connect.Timeout), Watched.Deadline(settings.Check));
         Dial dial = await Dialer.DialAsync(server.Targets, connect.Source, deadline);
         if (await dial.Outcome is { } failure)
         {
@@ -4587,6 +4579,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
     private static int _changes;
 
     private readonly Lock _gate = new();
+    private readonly string _host = host;
     private volatile IPAddress[] _addresses = [];
     private Task? _lookup; // the one that runs; under _gate
     private long _askedAt;
@@ -4606,10 +4599,10 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
 
     internal void Use(ConnectSettings settings, string title) => (keep, route) = (settings.Resolve, title);
 
-    /// <summary>Null for what needs no look-up.</summary>
-    internal static Resolver? For(UpstreamAddress address, ConnectSettings settings, string route, Log log) =>
+    /// <summary>The one of <paramref name="old"/> for the name, or a new one. Null for what needs no look-up.</summary>
+    internal static Resolver? For(UpstreamAddress address, Resolver?[] old, TimeSpan keep, string route, Log log) =>
         address.Kind != AddressKind.Tcp || Known(address.Host) is not null ? null
-        : new Resolver(address.Host, settings.Resolve, route, log);
+        : Array.Find(old, one => one?._host == address.Host) ?? new Resolver(address.Host, keep, route, log);
 
     /// <summary>What needs no look-up, or null.</summary>
     internal static IPAddress[]? Known(string host) => IPAddress.TryParse(host, out IPAddress? literal) ? [literal]
@@ -4668,7 +4661,7 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         try
         {
             // getaddrinfo blocks, and the pool is for what does not
-            found = Interleave([.. await Task.Factory.StartNew(() => Dns.GetHostAddresses(host),
+            found = Interleave([.. await Task.Factory.StartNew(() => Dns.GetHostAddresses(_host),
                 CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default)], ip => ip.AddressFamily);
         }
 #pragma warning disable CA1031 // whatever happened (no such name, no thread to be had), the next one asks again
@@ -4697,12 +4690,12 @@ internal sealed class Resolver(string host, TimeSpan keep, string route, Log log
         if (failure is not null)
         {
             string serves = found.Length > 0 ? "; its last known addresses serve" : "";
-            log.Event(LogLevel.Warn, "resolve", $"{host}: {failure}{serves}", route);
+            log.Event(LogLevel.Warn, "resolve", $"{_host}: {failure}{serves}", route);
         }
         else if (!isSame)
         {
             log.Event(_addresses.Length == 0 ? LogLevel.Debug : LogLevel.Info, "resolve",
-                $"{host} is {string.Join(' ', (object[])found)}", route);
+                $"{_host} is {string.Join(' ', (object[])found)}", route);
         }
     }
 
@@ -4820,7 +4813,13 @@ internal static class Dialer
                 running.Add(new Dial(targets[next++], source, deadline));
             }
 
-            await AnyEndAsync(running, next < targets.Length);
+            if (!running[^1].Outcome.IsCompleted)
+            {
+                Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome));
+                await (next < targets.Length ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
+                    .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
+            }
+
             for (int i = running.Count - 1; i >= 0; i--)
             {
                 Dial dial = running[i];
@@ -4842,16 +4841,6 @@ internal static class Dialer
         Dial last = losers[^1];
         losers.Remove(last);
         return last;
-    }
-
-    private static async Task AnyEndAsync(List<Dial> running, bool hasNext)
-    {
-        if (!running[^1].Outcome.IsCompleted)
-        {
-            Task end = Task.WhenAny(running.ConvertAll(Task (dial) => dial.Outcome));
-            await (hasNext ? end.WaitAsync(TimeSpan.FromMilliseconds(AttemptDelay)) : end)
-                .ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the time-out is no error: the next starts
-        }
     }
 }
 
