@@ -2356,7 +2356,7 @@ internal sealed class Proxy : IObserved
     {
         AddressKind kind = connection.Upstream!.Kind;
         ConnectSettings settings = route.Settings.Connect;
-        long quota = route.Settings.Bridge.QuotaUp(kind);
+        long quota = route.Settings.Bridge.QuotaUp(kind == AddressKind.Echo);
         int length = quota == 0 ? first.Length : (int)Math.Min(first.Length, quota);
         if (taps?.Up is { } up)
         {
@@ -4876,10 +4876,9 @@ internal sealed class BridgeSettings
         FinTimeout > TimeSpan.Zero && FinTimeout < TimeSpan.FromSeconds(1) ? FinTimeout : TimeSpan.FromSeconds(1);
 
     /// <summary>The quota of the pump from the client. What echo gets it also gives, so the lesser of two holds.</summary>
-    internal long QuotaUp(AddressKind kind) => IsDownFirst(kind) ? MaxBytesDown : MaxBytesUp;
+    internal long QuotaUp(bool isEcho) => IsDownFirst(isEcho) ? MaxBytesDown : MaxBytesUp;
 
-    internal bool IsDownFirst(AddressKind kind) =>
-        kind == AddressKind.Echo && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
+    internal bool IsDownFirst(bool isEcho) => isEcho && MaxBytesDown > 0 && (MaxBytesUp == 0 || MaxBytesDown < MaxBytesUp);
 
     internal BridgeSettings Clone() => (BridgeSettings)MemberwiseClone();
 }
@@ -4898,8 +4897,8 @@ internal sealed class Rates(BridgeSettings settings, Rates? old = null)
     }
 
     /// <summary>For the pump from the client of a new connection. What echo gets it also gives.</summary>
-    internal Throttle? Up(Socket client, bool isEcho) => Throttle.Of(
-        client, [.. ByteRate.Of(settings.RateUp), .. _up, .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
+    internal Throttle? Up(Socket client, bool isEcho) => Throttle.Of(client, [.. ByteRate.Of(settings.RateUp), .. _up,
+        .. isEcho ? ByteRate.Of(settings.RateDown) : [], .. isEcho ? _down : []]);
 
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
@@ -4915,7 +4914,6 @@ internal class Bridge : PumpOwner, ISession
     private readonly Pump _up;
     private readonly Pump? _down; // null for the built-in servers: one pump is all they are
     private readonly bool _isEcho; // what comes from the client counts both ways
-    private readonly CloseReason _upQuota;
     private readonly long _startedAt = Environment.TickCount64;
     private CloseReason? _reason; // rule 4
     private int _references; // rule 3
@@ -4932,19 +4930,14 @@ internal class Bridge : PumpOwner, ISession
         Conversation? taps = null)
     {
         (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
-        _upQuota = settings.IsDownFirst(kind) ? CloseReason.QuotaDown : CloseReason.QuotaUp;
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
-            settings.QuotaUp(kind), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
+            settings.QuotaUp(_isEcho), line.BytesUp, rates?.Up(client, _isEcho), taps?.Up);
         _down = upstream is null ? null
             : new Pump(upstream, client, settings.BufferSize, settings.IsSplicing, settings.MaxBytesDown, 0,
                 rates?.Down(upstream), taps?.Down);
         _references = _down is null ? 1 : 2;
         client.Blocking = false;
-        if (upstream is not null)
-        {
-            upstream.Blocking = false;
-        }
-
+        upstream?.Blocking = false;
         if (!Libc.IsThere && client.AddressFamily != AddressFamily.Unix)
         {
             SocketOptions.Relay(client); // on Linux an accepted socket has it from its listener
@@ -4964,10 +4957,7 @@ internal class Bridge : PumpOwner, ISession
     {
         Sweep.Add(this);
         Up = _up.RunAsync(this);
-        if (_down is not null)
-        {
-            Down = _down.RunAsync(this);
-        }
+        Down = _down?.RunAsync(this) ?? Task.CompletedTask;
     }
 
     /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
@@ -4975,7 +4965,8 @@ internal class Bridge : PumpOwner, ISession
     {
         if (end == PumpEnd.Quota)
         {
-            Interlocked.CompareExchange(ref _reason, pump == _up ? _upQuota : CloseReason.QuotaDown, null);
+            bool isUp = pump == _up && !_settings.IsDownFirst(_isEcho);
+            Interlocked.CompareExchange(ref _reason, isUp ? CloseReason.QuotaUp : CloseReason.QuotaDown, null);
         }
 
         // the second of two clean ends needs no system call of its own: closing sends the FIN
@@ -5111,30 +5102,25 @@ internal class Bridge : PumpOwner, ISession
 
     private bool CheckProgress(long now)
     {
-        if (_up.IsTapped || _down is { IsTapped: true }) // a tap may make a little progress for long
-        {
-            CheckStalled(_up, CloseReason.ClientReset);
-            CheckStalled(_down, CloseReason.UpstreamReset);
-        }
-
-        long progress = ((_up.Progress + (_down?.Progress ?? 0)) << 2) + Volatile.Read(ref _references); // a FIN is progress as well
-        if (progress != _progress)
+        // a FIN is progress as well
+        long progress = ((_up.Progress + (_down?.Progress ?? 0)) << 2) + Volatile.Read(ref _references);
+        bool hasMoved = progress != _progress;
+        if (hasMoved)
         {
             (_progress, _quietSince, _unsent) = (progress, now, -1);
-            return true;
         }
 
         long quiet = now - _quietSince;
-        if (quiet >= StalledFor)
+        if (quiet >= StalledFor || _up.IsTapped || _down is { IsTapped: true }) // a tap may make a little progress for long
         {
             CheckStalled(_up, CloseReason.ClientReset);
             CheckStalled(_down, CloseReason.UpstreamReset);
         }
 
         (TimeSpan limit, CloseReason reason) = Limit();
-        if (limit == TimeSpan.Zero || quiet < limit.TotalMilliseconds / 2)
+        if (hasMoved || limit == TimeSpan.Zero || quiet < limit.TotalMilliseconds / 2)
         {
-            return false;
+            return hasMoved;
         }
 
         // a slow reader takes long for what one send has left in the kernel's queue: that is progress too
