@@ -5373,7 +5373,7 @@ internal sealed class Pump(
 
     /// <summary>After the quota. Closing a socket with bytes in it that were not received would reset it, and destroy what
     /// is on its way to the other side and back.</summary>
-    private async Task<PumpEnd> DiscardAsync()
+    private async Task DiscardAsync()
     {
         _left = long.MaxValue;
         while (await ReceiveAsync(bufferSize) is int length and > 0)
@@ -5384,8 +5384,6 @@ internal sealed class Pump(
                 await EventLoop.TurnAsync();
             }
         }
-
-        return PumpEnd.Source;
     }
 
     /// <summary>The target is full, or gone: SendAsync waits, or says so.</summary>
@@ -5547,23 +5545,19 @@ internal sealed class ReceiveBuffer : MemoryManager<byte>
 // little waits in the line of that bucket; one thread serves the lines.
 
 /// <summary>What one pump may receive, as its rates allow.</summary>
-internal sealed class Throttle : IValueTaskSource<int>
+internal sealed class Throttle(Socket source, ByteRate[] rates) : IValueTaskSource<int>
 {
-    private readonly Socket _source;
-    private readonly ByteRate[] _rates;
     private ManualResetValueTaskSourceCore<int> _wait = new() { RunContinuationsAsynchronously = true };
     private int _wanted;
-
-    private Throttle(Socket source, ByteRate[] rates) => (_source, _rates) = (source, rates);
 
     internal static Throttle? Of(Socket source, ByteRate[] rates) => rates.Length == 0 ? null : new Throttle(source, rates);
 
     /// <summary>Takes up to <paramref name="most"/> bytes, when it is time; 0 where the source is closed meanwhile.</summary>
     internal async ValueTask<int> TakeAsync(int most)
     {
-        for (int i = 0; i < _rates.Length; i++)
+        for (int i = 0; i < rates.Length; i++)
         {
-            int taken = await _rates[i].TakeAsync(this, most);
+            int taken = await rates[i].TakeAsync(this, most);
             GiveBack(most - taken, i);
             most = taken;
         }
@@ -5571,10 +5565,10 @@ internal sealed class Throttle : IValueTaskSource<int>
         return most;
     }
 
-    internal void GiveBack(int bytes) => GiveBack(bytes, _rates.Length);
+    internal void GiveBack(int bytes) => GiveBack(bytes, rates.Length);
 
     /// <summary>How much it waits for in the line of a bucket, in which it stands from now on.</summary>
-    internal int Wanted => _source.SafeHandle.IsClosed ? 0 : _wanted;
+    internal int Wanted => source.SafeHandle.IsClosed ? 0 : _wanted;
 
     internal ValueTask<int> WaitAsync(int wanted)
     {
@@ -5596,7 +5590,7 @@ internal sealed class Throttle : IValueTaskSource<int>
     {
         for (int i = 0; i < count && bytes > 0; i++)
         {
-            _rates[i].GiveBack(bytes);
+            rates[i].GiveBack(bytes);
         }
     }
 }
@@ -5622,7 +5616,8 @@ internal sealed class ByteRate(long rate)
     {
         lock (_line)
         {
-            // many get little at a time: what waits at a source may be less than a buffer, and who has more would have the larger part
+            // many get little at a time: what waits at a source may be less than a buffer, and who has more would have the
+            // larger part
             long slice = Math.Max(1, Rate / Slices);
             int wanted = (int)Math.Min(most, Math.Min(slice, Math.Max(Least, slice / (_line.Count + 1))));
             Fill();
