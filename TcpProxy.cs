@@ -4166,27 +4166,21 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     internal Task<CloseReason?> EnterAsync(
         Func<bool> tryEnter, Socket? client, bool isPicky = false, bool hasSpoken = false, ConnectionLine? line = null)
     {
-        Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, Watched.Deadline(Patience), line);
-        Add(waiter);
-        return waiter.Outcome.Task;
-    }
-
-    internal void Add(Waiter waiter)
-    {
         lock (_waiters)
         {
             if (_waiters.Count >= Most)
             {
-                bool hasRoom = _waiters.Count == 0 && waiter.TryEnter(); // a reload may have made room for the line that it ends
-                waiter.Outcome.SetResult(hasRoom ? null : full);
-                return;
+                bool hasRoom = _waiters.Count == 0 && tryEnter(); // a reload may have made room for the line that it ends
+                return Task.FromResult(hasRoom ? null : full);
             }
 
+            Waiter waiter = new(this, tryEnter, client, isPicky, hasSpoken, line);
             waiter.Node = _waiters.AddLast(waiter);
-            waiter.Told?.Queued(_waiters.Count);
-            _holding += waiter.IsPicky ? 0 : 1;
+            line?.Queued(_waiters.Count);
+            _holding += isPicky ? 0 : 1;
             Sweep.Add(waiter);
             Serve(); // room that came just before it stood in line
+            return waiter.Outcome.Task;
         }
     }
 
@@ -4232,9 +4226,10 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
     }
 
     internal sealed class Waiter(
-        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, long deadline,
-        ConnectionLine? told = null) : Watched
+        WaitingLine line, Func<bool> tryEnter, Socket? client, bool isPicky, bool hasSpoken, ConnectionLine? told) : Watched
     {
+        private readonly long _deadline = Deadline(line.Patience);
+
         internal ConnectionLine? Told { get; } = told;
         internal Func<bool> TryEnter { get; } = tryEnter;
         internal bool IsPicky { get; } = isPicky;
@@ -4246,7 +4241,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
         internal override bool Check(long now)
         {
             bool hasLeft = client is not null && (hasSpoken ? SocketOptions.HasFailed(client) : SocketOptions.HasLeft(client));
-            if (now >= deadline || hasLeft)
+            if (now >= _deadline || hasLeft)
             {
                 line.Remove(this, hasLeft ? CloseReason.LeftQueue : CloseReason.QueueTimeout);
             }
@@ -5185,8 +5180,7 @@ internal abstract class PumpOwner : Watched
 }
 
 internal sealed class Pump(
-    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed = 0, Throttle? throttle = null,
-    TapLine? taps = null)
+    Socket source, Socket? target, int bufferSize, bool isSplicing, long quota, long passed, Throttle? throttle, TapLine? taps)
 {
     private const int StreamAfter = 4; // full buffers in a row make a stream
     private const int Message = 16 << 10; // bytes; more may well fill the target, and then a first try costs one call more

@@ -84,12 +84,13 @@ public sealed class WaitingLineTests
     {
         WaitingLine line = new(10, TimeSpan.FromSeconds(5), _full);
         long now = Environment.TickCount64;
-        WaitingLine.Waiter waiter = new(line, Take, null, isPicky: false, hasSpoken: false, now + 5_000);
+        WaitingLine.Waiter waiter = Enter(line, Take);
+        long then = Environment.TickCount64;
+        line.Patience = TimeSpan.FromHours(1);
         Task<CloseReason?> other = line.EnterAsync(Take, null);
-        line.Add(waiter);
         waiter.Check(now + 4_999);
         Assert.Equal(2, line.Count);
-        waiter.Check(now + 5_000);
+        waiter.Check(then + 5_000);
         Assert.Same(CloseReason.QueueTimeout, await waiter.Outcome.Task);
         Assert.Equal(1, line.Count);
         waiter.Check(now + 6_000); // the sweep may come once more
@@ -122,8 +123,7 @@ public sealed class WaitingLineTests
         // one whose question was read before it came to stand in line may have finished, but not have been reset
         WaitingLine line = new(10, TimeSpan.Zero, _full);
         long now = Environment.TickCount64;
-        WaitingLine.Waiter waiter = new(line, () => false, accepted, isPicky: false, hasSpoken: true, long.MaxValue);
-        line.Add(waiter);
+        WaitingLine.Waiter waiter = Enter(line, () => false, accepted, hasSpoken: true);
         waiter.Check(now);
         Assert.False(waiter.Outcome.Task.IsCompleted);
         client.Close(0);
@@ -147,6 +147,15 @@ public sealed class WaitingLineTests
     public void Other_escapes_are_refused(string text) => Assert.Throws<FormatException>(() => Text.Unescape(text));
 
     private bool Take() => _room > 0 && _room-- > 0;
+
+    private static WaitingLine.Waiter Enter(
+        WaitingLine line, Func<bool> tryEnter, Socket? client = null, bool hasSpoken = false)
+    {
+        Task<CloseReason?> wait = line.EnterAsync(tryEnter, client, hasSpoken: hasSpoken);
+        Watched[] watched = [];
+        Sweep.Copy(ref watched);
+        return watched.OfType<WaitingLine.Waiter>().Single(waiter => waiter.Outcome.Task == wait);
+    }
 
     private void Serve(WaitingLine line, int room)
     {
