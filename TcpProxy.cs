@@ -4037,7 +4037,7 @@ internal sealed class Balancer(
             {
                 log.ServerState(RouteStats.Title, server.Title, mode);
                 bool isBack = mode == ServerMode.Ready && !server.IsDown && _servers.Length > 1;
-                (server.Mode, server.BackSince) = (mode, isBack ? Environment.TickCount64 : 0);
+                (server.BackSince, server.Mode) = (isBack ? Environment.TickCount64 : 0, mode);
                 server.Stats.Turned(isDown: false);
             }
         }
