@@ -59,8 +59,8 @@
 //   3  A Bridge starts with two references, one a Pump. The release that reaches zero closes both sockets;
 //      the count never rises again. Abort closes them earlier, which makes both Pumps end and release.
 //   4  The reason of an end is written once, by CompareExchange from null.
-//   5  Nothing below calls back upward, but that a Pump tells its owner of its end: a task that waited for it instead
-//      would cost every silent connection 200 bytes.
+//   5  Nothing below calls back upward, but that a Pump tells its Bridge of its end, and a Bridge the Proxy: tasks that
+//      waited for them instead would cost every silent connection 400 bytes.
 //   6  Continuations run on the event loop's own threads, so nothing in them may block. What would block (name
 //      look-ups, the log) has a thread of its own; timeouts are found by one sweep, not by a timer a connection.
 //
@@ -2260,9 +2260,7 @@ internal sealed class Proxy : IObserved
 
             if (reason is null)
             {
-                Bridge bridge = NewBridge(route, client, connection, line, taps); // (5)
-                _ = taps is null ? RelayAsync(route, connection.Place!, bridge)
-                    : RelayTappedAsync(route, connection.Place!, bridge, taps);
+                new RoutedBridge(this, route, line, client, connection, taps).Start(); // (5)
             }
         }
 #pragma warning disable CA1031 // the last line of defence: one connection's surprise must not end the others
@@ -2294,41 +2292,6 @@ internal sealed class Proxy : IObserved
         {
             client.Close(0); // a reset: the client must not take this for an empty answer
         }
-    }
-
-    private static Bridge NewBridge(Route route, Socket client, in Connection connection, ConnectionLine line, Conversation? taps)
-    {
-        AddressKind kind = connection.Upstream!.Kind;
-        BridgeSettings settings = route.Settings.Bridge;
-        AccessRules access = route.Settings.Access;
-        return access.ClosesAtWindowEnd
-            ? new WindowedBridge(access, line, client, connection.Socket, kind, settings, route.Rates, taps)
-            : new Bridge(line, client, connection.Socket, kind, settings, route.Rates, taps);
-    }
-
-    /// <summary>Steps (6) to (8), where a connection spends its life: of the steps before them nothing is kept.</summary>
-    private async Task RelayAsync(Route route, Server server, Bridge bridge)
-    {
-        bridge.Start();
-        await bridge.Up;
-        await bridge.Down;
-        Ended(route, server, bridge);
-    }
-
-    private async Task RelayTappedAsync(Route route, Server server, Bridge bridge, Conversation taps)
-    {
-        bridge.Start();
-        await bridge.Up;
-        await bridge.Down;
-        taps.End(bridge.Reason!.Code, bridge.Reason.IsOrderly);
-        Ended(route, server, bridge);
-    }
-
-    private void Ended(Route route, Server server, Bridge bridge)
-    {
-        server.Leave();
-        (bridge.Line.BytesUp, bridge.Line.BytesDown) = (bridge.BytesUp, bridge.BytesDown);
-        End(route, isAdmitted: true, bridge.Line, bridge.Reason!);
     }
 
     /// <summary>What the route wants to know before it chooses a server. Null when there is one.</summary>
@@ -2373,7 +2336,8 @@ internal sealed class Proxy : IObserved
         return refusal is not null && target == client ? CloseReason.ClientReset : refusal;
     }
 
-    private void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
+    /// <summary>What steps (2) and (3) have taken is given back, and the log told.</summary>
+    internal void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
     {
         if (isAdmitted)
         {
@@ -2400,6 +2364,33 @@ internal sealed class Proxy : IObserved
         _onceFailed = Settings.Once && reason != CloseReason.Done;
         End(route);
         Leave();
+    }
+}
+
+/// <summary>A connection in steps (5) to (8), where it spends its life: of the steps before them nothing else is kept.</summary>
+internal sealed class RoutedBridge(
+    Proxy proxy, Route route, ConnectionLine line, Socket client, in Connection connection, Conversation? taps)
+    : Bridge(line, client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, route.Rates, taps)
+{
+    private readonly Server _server = connection.Place!;
+    private int _minute = DateTime.UtcNow.Minute; // in which the access rules were asked last
+
+    internal override bool Check(long now)
+    {
+        if (route.Settings.Access.Expel(Line.Client, ref _minute) is { } reason)
+        {
+            Abort(reason);
+        }
+
+        return base.Check(now);
+    }
+
+    protected override void Ended(CloseReason reason)
+    {
+        taps?.End(reason.Code, reason.IsOrderly);
+        _server.Leave();
+        (Line.BytesUp, Line.BytesDown) = (BytesUp, BytesDown);
+        proxy.End(route, isAdmitted: true, Line, reason);
     }
 }
 
@@ -2915,6 +2906,17 @@ internal sealed class AccessRules
         Verdict verdict = Judge(client, DateTime.UtcNow);
         return verdict.IsAllowed ? null : new CloseReason("PR", verdict.Words, isOrderly: true, kind: "access rule");
     }
+
+    /// <summary>Null as long as one who has connected may stay: with --close-at-window-end it is asked whenever the
+    /// <paramref name="minute"/> turns.</summary>
+    internal CloseReason? Expel(EndPoint? client, ref int minute)
+    {
+        DateTime utc = ClosesAtWindowEnd ? DateTime.UtcNow : default;
+        bool isDue = ClosesAtWindowEnd && utc.Minute != minute;
+        minute = utc.Minute;
+        return isDue && Judge(client, utc) is { IsAllowed: false } verdict
+            ? new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end") : null;
+    }
 }
 
 internal readonly struct Verdict(bool isAllowed, AccessRule? rule, int line)
@@ -3195,27 +3197,6 @@ internal sealed class Schedule
         text is [>= '0' and <= '2', >= '0' and <= '9', ':', >= '0' and <= '5', >= '0' and <= '9']
         && ((text[0] - '0') * 600) + ((text[1] - '0') * 60) + ((text[3] - '0') * 10) + text[4] - '0' is int minute and <= Midnight
             ? minute : throw new FormatException($"'{text}' is not a time of the day; write 09:00-17:30");
-}
-
-/// <summary>--close-at-window-end: a bridge that ends when its client might not connect any more. It looks when the minute
-/// turns.</summary>
-internal sealed class WindowedBridge(
-    AccessRules rules, ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings,
-    Rates? rates, Conversation? taps) : Bridge(line, client, upstream, kind, settings, rates, taps)
-{
-    private int _minute = DateTime.UtcNow.Minute;
-
-    internal override bool Check(long now)
-    {
-        DateTime utc = DateTime.UtcNow;
-        if (utc.Minute != _minute && rules.Judge(Line.Client, utc) is { IsAllowed: false } verdict)
-        {
-            Abort(new CloseReason("PD", $"window end: {verdict.Words}", kind: "window end"));
-        }
-
-        _minute = utc.Minute;
-        return base.Check(now);
-    }
 }
 
 /// <summary>At most so many at once (0 = any number), here and in all that encloses it.</summary>
@@ -4898,7 +4879,7 @@ internal sealed class Rates(BridgeSettings settings, Rates? old = null)
     internal Throttle? Down(Socket upstream) => Throttle.Of(upstream, [.. ByteRate.Of(settings.RateDown), .. _down]);
 }
 
-internal class Bridge : PumpOwner, ISession
+internal abstract class Bridge : PumpOwner, ISession
 {
     private const int ProbeAge = 5000; // ms: a younger connection is not worth the system calls of keep-alive
     private const int StalledFor = 1000; // ms without progress before a socket that nobody reads is looked at
@@ -4920,9 +4901,9 @@ internal class Bridge : PumpOwner, ISession
     private bool _isProbed;
 
     /// <summary>As many bytes of the client as the line says have already passed.</summary>
-    internal Bridge(
-        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates = null,
-        Conversation? taps = null)
+    protected Bridge(
+        ConnectionLine line, Socket client, Socket? upstream, AddressKind kind, BridgeSettings settings, Rates? rates,
+        Conversation? taps)
     {
         (Line, _client, _upstream, _settings, _isEcho) = (line, client, upstream, settings, kind == AddressKind.Echo);
         _up = new Pump(client, _isEcho ? client : upstream, settings.BufferSize, settings.IsSplicing,
@@ -4943,17 +4924,15 @@ internal class Bridge : PumpOwner, ISession
     public long BytesUp => _up.Bytes;
     public long BytesDown => _down is not null ? _down.Bytes : _isEcho ? _up.Bytes : 0;
 
-    /// <summary>The pumps. When both have ended, the sockets are closed and the reason stands.</summary>
-    internal Task Up { get; private set; } = Task.CompletedTask;
-    internal Task Down { get; private set; } = Task.CompletedTask;
-    internal CloseReason? Reason => _reason;
-
     internal void Start()
     {
         Sweep.Add(this);
-        Up = _up.RunAsync(this);
-        Down = _down?.RunAsync(this) ?? Task.CompletedTask;
+        _ = _up.RunAsync(this);
+        _ = _down?.RunAsync(this);
     }
+
+    /// <summary>Both pumps have ended, and the sockets are closed.</summary>
+    protected abstract void Ended(CloseReason reason);
 
     /// <summary>(7) Passes FIN on. After an end that was not orderly there is none to pass: the last release resets.</summary>
     internal override void Finished(Pump pump, PumpEnd end)
@@ -5018,6 +4997,7 @@ internal class Bridge : PumpOwner, ISession
         {
             Abort(CloseReason.Done);
             Sweep.Remove(this);
+            Ended(_reason!);
         }
     }
 

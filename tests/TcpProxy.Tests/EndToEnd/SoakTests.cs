@@ -38,7 +38,9 @@ public sealed class SoakTests : EndToEndTest
     private int _crowding;
     private int _served; // of those
 
-    private bool IsOver => _clock.Elapsed.TotalSeconds >= Seconds;
+    private volatile bool _isBroken;
+
+    private bool IsOver => _isBroken || _clock.Elapsed.TotalSeconds >= Seconds;
 
     [Fact(Timeout = 3_900_000)]
     public async Task What_was_taken_is_given_back_and_every_byte_is_accounted_for()
@@ -193,6 +195,13 @@ public sealed class SoakTests : EndToEndTest
         catch (SocketException)
         {
             Interlocked.Increment(ref _cut); // the kernel had taken it for a server that closed its listener just then
+        }
+        catch (Exception e)
+        {
+            _isBroken = true;
+            await Wait.Pause(1000);
+            IEnumerable<string> lines = File.ReadLines(Given.Path("log")).Where(line => line.Contains(client.Local, StringComparison.Ordinal));
+            throw new InvalidOperationException($"{client.Local}: {e.Message}\n{string.Join('\n', lines)}", e);
         }
     }
 

@@ -127,22 +127,19 @@ public sealed class PumpTests
         (Socket client, Socket accepted) = await PairAsync();
         (Socket dialled, Socket server) = await PairAsync();
         BridgeSettings settings = new() { BufferSize = 1000 };
-        Bridge bridge = new(
-            new ConnectionLine(new RouteStats("")), accepted, dialled, AddressKind.Tcp, settings, null, null);
+        PlainBridge bridge = new(accepted, dialled, settings);
         bridge.Start();
-        Task end = Task.WhenAll(bridge.Up, bridge.Down);
         byte[] up = Bytes(50_000);
         byte[] down = Bytes(70_000);
         Task<byte[]> received = ReceiveAllAsync(server);
         await client.SendAsync(up, SocketFlags.None);
         client.Shutdown(SocketShutdown.Send);
         Assert.Equal(up, await received);
-        Assert.False(end.IsCompleted);
+        Assert.False(bridge.End.IsCompleted);
         await server.SendAsync(down, SocketFlags.None);
         server.Shutdown(SocketShutdown.Send);
         Assert.Equal(down, await ReceiveAllAsync(client));
-        await end;
-        Assert.Same(CloseReason.Done, bridge.Reason);
+        Assert.Same(CloseReason.Done, await bridge.End);
         Assert.Equal((50_000, 70_000), (bridge.BytesUp, bridge.BytesDown));
         Assert.Throws<ObjectDisposedException>(() => accepted.Available);
         Assert.Throws<ObjectDisposedException>(() => dialled.Available);
@@ -155,14 +152,10 @@ public sealed class PumpTests
     {
         (Socket client, Socket accepted) = await PairAsync();
         (Socket dialled, Socket server) = await PairAsync();
-        Bridge bridge = new(
-            new ConnectionLine(new RouteStats("")), accepted, dialled, AddressKind.Tcp, new BridgeSettings { BufferSize = 1000 },
-            null, null);
+        PlainBridge bridge = new(accepted, dialled, new BridgeSettings { BufferSize = 1000 });
         bridge.Start();
-        Task end = Task.WhenAll(bridge.Up, bridge.Down);
         server.Close(0);
-        await end;
-        Assert.Same(CloseReason.UpstreamReset, bridge.Reason);
+        Assert.Same(CloseReason.UpstreamReset, await bridge.End);
         SocketException e = await Assert.ThrowsAsync<SocketException>(
             async () => await client.ReceiveAsync(new byte[1].AsMemory(), TestContext.Current.CancellationToken));
         Assert.Equal(SocketError.ConnectionReset, e.SocketErrorCode);
@@ -206,5 +199,15 @@ public sealed class PumpTests
         Task<Socket> accepting = listener.AcceptAsync();
         await near.ConnectAsync(listener.LocalEndPoint!);
         return (near, await accepting);
+    }
+
+    private sealed class PlainBridge(Socket client, Socket upstream, BridgeSettings settings) : Bridge(
+        new ConnectionLine(new RouteStats("")), client, upstream, AddressKind.Tcp, settings, null, null)
+    {
+        private readonly TaskCompletionSource<CloseReason> _end = new();
+
+        public Task<CloseReason> End => _end.Task;
+
+        protected override void Ended(CloseReason reason) => _end.SetResult(reason);
     }
 }
