@@ -8082,103 +8082,106 @@ internal sealed class FirstBytes : IDisposable
 // What those who run the proxy see of it and tell it: the page and the numbers of --stats, the connections of --control, and
 // whoever has started us and wants to know how we are. They look at the counters of OBSERVE; none of it is on the data path.
 
-// ---- --stats
-
-/// <summary>A client of the page. It has a little time, and the sweep sees to that.</summary>
-internal sealed class Visitor(Socket socket) : Watched
+/// <summary>For those who look, not for traffic: a few clients at once, whoever comes then is closed, and so is who is slow.</summary>
+internal abstract class SideServer(int most, Log log)
 {
-    private const int RequestTime = 5000; // ms
-    private const int AnswerTime = 10_000;
+    private int _clients;
 
-    private long _deadline = Environment.TickCount64 + RequestTime;
-
-    internal byte[] Buffer { get; } = new byte[8 << 10];
-    internal int Length { get; set; } // of the request
-    internal ReadOnlySpan<byte> Request => Buffer.AsSpan(0, Length);
-    internal bool IsWhole => Request.IndexOf("\r\n\r\n"u8) >= 0;
-    internal bool IsLocal { get; } = socket.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address);
-    internal TaskCompletionSource<byte[]> Answer { get; } = new();
-
-    internal void HasAsked() => Volatile.Write(ref _deadline, Environment.TickCount64 + AnswerTime);
-
-    internal override bool Check(long now)
-    {
-        if (now >= Volatile.Read(ref _deadline))
-        {
-            socket.Close(0);
-        }
-
-        return false;
-    }
-
-    internal override void Stop() => socket.Close(0);
-}
-
-/// <summary>--stats: an HTTP server of four pages, one request a connection. A thread of its own samples and writes all
-/// answers, and rests four times as long as it has worked: no crowd of visitors takes a processor from the traffic.</summary>
-internal sealed class StatsServer(IObserved proxy, Log log)
-{
-    private const int MostVisitors = 64; // at once; whoever comes then is closed
-    private const int Pause = 4; // times what its work has taken
-
-    private readonly Queue<Visitor> _waiting = []; // under itself
-    private long _samples; // taken so far
-    private int _visitors;
-
-    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
+    protected Log Log { get; } = log;
 
     /// <summary>The socket is ours (rule 1).</summary>
-    internal void Accepted(Socket socket)
+    internal void Accepted(Socket client)
     {
-        if (Interlocked.Increment(ref _visitors) > MostVisitors)
+        if (Interlocked.Increment(ref _clients) <= most)
         {
-            Interlocked.Decrement(ref _visitors);
-            socket.Close(0);
+            _ = RunAsync(client);
             return;
         }
 
-        _ = ServeAsync(socket);
+        Interlocked.Decrement(ref _clients);
+        client.Close(0);
     }
 
-    private async Task ServeAsync(Socket socket)
+    /// <summary>Who takes longer than <paramref name="time"/> has left is cut off.</summary>
+    protected abstract Task ServeAsync(Socket client, CancellationTokenSource time);
+
+    private async Task RunAsync(Socket client)
     {
-        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
-        Visitor visitor = new(socket);
-        Memory<byte> buffer = visitor.Buffer;
-        Sweep.Add(visitor);
         try
         {
-            for (int length = 1; length > 0 && visitor.Length < buffer.Length && !visitor.IsWhole; visitor.Length += length)
-            {
-                length = await socket.ReceiveAsync(buffer[visitor.Length..], SocketFlags.None);
-            }
-
-            if (visitor.Length > 0)
-            {
-                visitor.HasAsked();
-                lock (_waiting)
-                {
-                    _waiting.Enqueue(visitor);
-                    Monitor.Pulse(_waiting);
-                }
-
-                await socket.SendAsync(await visitor.Answer.Task, SocketFlags.None);
-                socket.Shutdown(SocketShutdown.Send);
-                for (int i = 0; i < Trailing && await socket.ReceiveAsync(buffer, SocketFlags.None) > 0; i++)
-                {
-                }
-            }
+            using CancellationTokenSource time = new();
+            await ServeAsync(client, time);
         }
-        catch (Exception e) when (e is SocketException or ObjectDisposedException)
+        catch (Exception e) when (e is SocketException or OperationCanceledException)
         {
-            // it has left, or was too slow
+            client.Close(0); // it has left, or was too slow
+        }
+#pragma warning disable CA1031 // the last line of defence: who looks must not end the proxy
+        catch (Exception e)
+#pragma warning restore CA1031
+        {
+            Log.Event(LogLevel.Error, "internal-error", e.ToString());
         }
         finally
         {
-            Sweep.Remove(visitor);
-            socket.Dispose();
-            Interlocked.Decrement(ref _visitors);
+            client.Dispose();
+            Interlocked.Decrement(ref _clients);
         }
+    }
+}
+
+// ---- --stats
+
+/// <summary>--stats: an HTTP server of four pages, one request a connection. A thread of its own samples and writes all
+/// answers, and rests four times as long as it has worked: no crowd of visitors takes a processor from the traffic.</summary>
+internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 64, log)
+{
+    private const int RequestTime = 5000; // ms
+    private const int AnswerTime = 10_000;
+    private const int LongestRequest = 8 << 10; // bytes
+    private const int Pause = 4; // times what its work has taken
+
+    private readonly Queue<Request> _waiting = []; // under itself
+    private long _samples; // taken so far
+
+    internal void Start() => new Thread(Run, 256 << 10) { IsBackground = true, Name = "stats" }.Start();
+
+    protected override async Task ServeAsync(Socket client, CancellationTokenSource time)
+    {
+        const int Trailing = 8; // buffers that may still come of a request, say its body: unread they would reset the answer
+        byte[] buffer = new byte[LongestRequest];
+        int length = 0;
+        time.CancelAfter(RequestTime);
+        for (int received = 1; received > 0 && length < buffer.Length && buffer.AsSpan(0, length).IndexOf("\r\n\r\n"u8) < 0;
+            length += received)
+        {
+            received = await client.ReceiveAsync(buffer.AsMemory(length), SocketFlags.None, time.Token);
+        }
+
+        if (length > 0)
+        {
+            time.CancelAfter(AnswerTime);
+            Request request = new(Encoding.Latin1.GetString(buffer, 0, length),
+                isLocal: client.LocalEndPoint is IPEndPoint { Address: var address } && IPAddress.IsLoopback(address));
+            lock (_waiting)
+            {
+                _waiting.Enqueue(request);
+                Monitor.Pulse(_waiting);
+            }
+
+            await client.SendAsync(await request.Task, SocketFlags.None, time.Token);
+            client.Shutdown(SocketShutdown.Send);
+            for (int i = 0; i < Trailing && await client.ReceiveAsync(buffer, SocketFlags.None, time.Token) > 0; i++)
+            {
+            }
+        }
+    }
+
+    /// <summary>Waits for the bytes of its answer.</summary>
+    private sealed class Request(string text, bool isLocal) : TaskCompletionSource<byte[]>
+    {
+        internal string Text { get; } = text; // all of it, or what has come
+        internal bool IsLocal { get; } = isLocal;
     }
 
     // ---- the thread
@@ -8190,7 +8193,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
         double tired = 0; // ms
         while (true)
         {
-            Visitor? visitor;
+            Request? request;
             lock (_waiting)
             {
                 int pause = (int)Math.Max(0, next - Environment.TickCount64);
@@ -8199,7 +8202,7 @@ internal sealed class StatsServer(IObserved proxy, Log log)
                     Monitor.Wait(_waiting, pause);
                 }
 
-                _waiting.TryDequeue(out visitor);
+                _waiting.TryDequeue(out request);
             }
 
             long began = Stopwatch.GetTimestamp();
@@ -8211,14 +8214,14 @@ internal sealed class StatsServer(IObserved proxy, Log log)
                     Sample();
                 }
 
-                visitor?.Answer.SetResult(Answer(visitor));
+                request?.SetResult(Answer(request));
             }
 #pragma warning disable CA1031 // a surprise on this page must not end the proxy
             catch (Exception e)
 #pragma warning restore CA1031
             {
-                log.Event(LogLevel.Error, "internal-error", e.ToString());
-                visitor?.Answer.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
+                Log.Event(LogLevel.Error, "internal-error", e.ToString());
+                request?.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
             }
 
             tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
@@ -8236,16 +8239,17 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     // ---- HTTP
 
     /// <summary>Of RFC 9112 what browsers, curl and Prometheus need; whoever asks otherwise is told so.</summary>
-    private byte[] Answer(Visitor visitor)
+    private byte[] Answer(Request request)
     {
         LogText body = new(LogFormat.Json);
         string type = "text/plain";
-        string[] lines = Encoding.Latin1.GetString(visitor.Request).Split("\r\n");
+        bool isWhole = request.Text.Contains("\r\n\r\n", StringComparison.Ordinal);
+        string[] lines = request.Text.Split("\r\n");
         string[] words = lines[0].Split(' ');
-        string status = visitor.Length == visitor.Buffer.Length && !visitor.IsWhole ? "431 Request Header Fields Too Large"
-            : !visitor.IsWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
+        string status = !isWhole && request.Text.Length == LongestRequest ? "431 Request Header Fields Too Large"
+            : !isWhole || words.Length != 3 || words[2] is not ("HTTP/1.1" or "HTTP/1.0") ? "400 Bad Request"
             : words[0] is not ("GET" or "HEAD") ? "405 Method Not Allowed\r\nAllow: GET, HEAD"
-            : visitor.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
+            : request.IsLocal && IsForeign(lines) ? "421 Misdirected Request"
             : Write(body, words[1], ref type);
         if (body.Bytes.Length == 0)
         {
@@ -8285,11 +8289,11 @@ internal sealed class StatsServer(IObserved proxy, Log log)
                 return "200 OK";
             case "/stats.json":
                 type = "application/json";
-                new StatsPage(proxy, log, body, parts.Length > 1 ? parts[1].Split('&') : []).WriteJson(_samples);
+                new StatsPage(proxy, Log, body, parts.Length > 1 ? parts[1].Split('&') : []).WriteJson(_samples);
                 return "200 OK";
             case "/metrics":
                 type = "text/plain; version=0.0.4";
-                new StatsPage(proxy, log, body).WriteMetrics();
+                new StatsPage(proxy, Log, body).WriteMetrics();
                 return "200 OK";
             case "/healthz":
                 string? illness = StatsPage.Illness(proxy, proxy.Look());
@@ -8301,23 +8305,13 @@ internal sealed class StatsServer(IObserved proxy, Log log)
     }
 }
 
-/// <summary>What the pages of <see cref="StatsServer"/> say.</summary>
-internal sealed class StatsPage
+/// <summary>What the pages of <see cref="StatsServer"/> say. The query is for JSON: since=N is the first sample that is wanted,
+/// sessions=new asks for the youngest.</summary>
+internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params string[] query)
 {
     private const int MostSessions = 50;
 
-    private readonly IObserved _proxy;
-    private readonly Log _log;
-    private readonly LogText _text;
-    private readonly string[] _query;
-    private readonly Totals _totals;
-
-    /// <summary>The query is for JSON: since=N is the first sample that is wanted, sessions=new asks for the youngest.</summary>
-    internal StatsPage(IObserved proxy, Log log, LogText text, params string[] query)
-    {
-        (_proxy, _log, _text, _query) = (proxy, log, text, query);
-        _totals = new Totals(proxy, MostSessions, Array.IndexOf(query, "sessions=new") >= 0);
-    }
+    private readonly Totals _totals = new(proxy, MostSessions, Array.IndexOf(query, "sessions=new") >= 0);
 
     /// <summary>Null when all is well.</summary>
     internal static string? Illness(IObserved proxy, List<RouteStats> routes) => proxy.IsDraining ? "draining"
@@ -8329,146 +8323,128 @@ internal sealed class StatsPage
     internal void WriteJson(long samples)
     {
         const string Since = "since=";
-        string? since = Array.Find(_query, word => word.StartsWith(Since, StringComparison.Ordinal));
-        bool isKnown = long.TryParse(since.AsSpan(since is null ? 0 : Since.Length), NumberStyles.None, null, out long wanted);
-        long first = isKnown ? Math.Min(wanted, samples) : 0;
-        first = Math.Max(first, samples - Series.Length);
-        string? illness = Illness(_proxy, _totals.Routes);
-        _text.Begin();
-        _text.Add("version", _proxy.Version);
-        _text.Add("pid", Environment.ProcessId);
-        _text.Add("started", Text.Of(_proxy.StartedAt));
-        _text.Add("now", Text.Of(DateTime.UtcNow));
-        _text.Add("uptime_s", (long)(DateTime.UtcNow - _proxy.StartedAt).TotalSeconds);
-        _text.Add("draining", _proxy.IsDraining);
-        _text.Add("health", illness ?? "ok");
-        _text.Add("resident_bytes", Usage.Resident);
-        _text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
-        _text.Add("log_dropped", _log.DroppedInAll);
-        _text.Add("interval_s", Series.Interval);
-        _text.Add("samples", samples);
-        _text.Add("current", _totals.Running);
-        _text.Open("[", "routes");
-        foreach (RouteStats route in _totals.Routes)
-        {
-            WriteRoute(route, first, samples);
-        }
-
-        _text.Close("]");
-        _text.Open("[", "sessions");
-        WriteSessions();
-        _text.Close("]");
-        _text.End();
+        string since = Array.Find(query, word => word.StartsWith(Since, StringComparison.Ordinal)) ?? Since;
+        _ = long.TryParse(since.AsSpan(Since.Length), NumberStyles.None, null, out long wanted); // 0 where there is none
+        long first = Math.Clamp(wanted, Math.Max(0, samples - Series.Length), samples);
+        text.Begin();
+        text.Add("version", proxy.Version);
+        text.Add("pid", Environment.ProcessId);
+        text.Add("started", Text.Of(proxy.StartedAt));
+        text.Add("now", Text.Of(DateTime.UtcNow));
+        text.Add("uptime_s", (long)(DateTime.UtcNow - proxy.StartedAt).TotalSeconds);
+        text.Add("draining", proxy.IsDraining);
+        text.Add("health", Illness(proxy, _totals.Routes) ?? "ok");
+        text.Add("resident_bytes", Usage.Resident);
+        text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
+        text.Add("log_dropped", log.DroppedInAll);
+        text.Add("interval_s", Series.Interval);
+        text.Add("samples", samples);
+        text.Add("current", _totals.Running);
+        Objects("routes", _totals.Routes, route => WriteRoute(route, first, samples));
+        Objects("sessions", _totals.Sessions, WriteSession);
+        text.End();
     }
 
     private void WriteRoute(RouteStats route, long first, long samples)
     {
-        _text.Open("{");
         WriteCounters(route);
-        _text.Add("in_force", route.IsInForce);
-        _text.Add("refused", route.Refused);
-        _text.Add("queued", route.Queued);
+        text.Add("in_force", route.IsInForce);
+        text.Add("refused", route.Refused);
+        text.Add("queued", route.Queued);
         WriteHistogram("connect_time", route.ConnectTime);
         WriteHistogram("duration", route.Duration);
-        _text.Open("[", "ends");
-        foreach (EndCount end in route.Ends)
+        Objects("ends", [.. route.Ends], end =>
         {
-            _text.Open("{");
-            _text.Add("end", end.Code);
-            _text.Add("reason", end.Words);
-            _text.Add("count", Volatile.Read(ref end.Count));
-            _text.Add("recent", end.Recent?.Sum() ?? 0);
-            _text.Close("}");
-        }
-
-        _text.Close("]");
-        _text.Open("[", "servers");
-        foreach (ServerStats server in route.Servers)
-        {
-            WriteServer(server);
-        }
-
-        _text.Close("]");
-        _text.Open("{", "history");
+            text.Add("end", end.Code);
+            text.Add("reason", end.Words);
+            text.Add("count", Volatile.Read(ref end.Count));
+            text.Add("recent", end.Recent?.Sum() ?? 0);
+        });
+        Objects("servers", route.Servers, WriteServer);
+        text.Open("{", "history");
         for (int i = 0; i < route.History.Length; i++)
         {
-            _text.Open("[", RouteStats.HistoryKeys[i]);
-            for (long sample = first; sample < samples; sample++)
-            {
-                _text.Add(route.History[i][sample]);
-            }
-
-            _text.Close("]");
+            Series series = route.History[i];
+            Numbers(RouteStats.HistoryKeys[i], (int)(samples - first), sample => series[first + sample]);
         }
 
-        _text.Close("}");
-        _text.Close("}");
+        text.Close("}");
     }
 
     private void WriteCounters(Counters counters)
     {
-        _text.Add("name", counters.Name);
-        _text.Add("connections", counters.Connections);
-        _text.Add("current", counters.Current);
-        _text.Add("max_current", counters.Most);
-        _text.Add("limit", counters.MaxConnections);
-        _text.Add("bytes_up", counters.BytesUp);
-        _text.Add("bytes_down", counters.BytesDown);
-        _text.Add("connect_failures", counters.ConnectFailures);
-        _text.Add("retries", counters.Retries);
-        _text.Add("client_resets", counters.ClientResets);
-        _text.Add("server_resets", counters.ServerResets);
+        text.Add("name", counters.Name);
+        text.Add("connections", counters.Connections);
+        text.Add("current", counters.Current);
+        text.Add("max_current", counters.Most);
+        text.Add("limit", counters.MaxConnections);
+        text.Add("bytes_up", counters.BytesUp);
+        text.Add("bytes_down", counters.BytesDown);
+        text.Add("connect_failures", counters.ConnectFailures);
+        text.Add("retries", counters.Retries);
+        text.Add("client_resets", counters.ClientResets);
+        text.Add("server_resets", counters.ServerResets);
     }
 
     private void WriteServer(ServerStats server)
     {
-        _text.Open("{");
         WriteCounters(server);
-        _text.Add("address", server.Address);
-        _text.Add("state", server.State);
-        _text.Add("since", Text.Of(server.Since));
-        _text.Add("downs", server.Downs);
-        _text.Add("weight", server.Weight);
-        _text.Add("backup", server.IsBackup);
-        _text.Add("check", server.Check);
-        _text.Add("last_failure", server.LastFailure);
-        _text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
-        _text.Add("connect_time_us", server.ConnectMicroseconds);
-        _text.Close("}");
+        text.Add("address", server.Address);
+        text.Add("state", server.State);
+        text.Add("since", Text.Of(server.Since));
+        text.Add("downs", server.Downs);
+        text.Add("weight", server.Weight);
+        text.Add("backup", server.IsBackup);
+        text.Add("check", server.Check);
+        text.Add("last_failure", server.LastFailure);
+        text.Add("last_failed", server.LastFailedAt == default ? "" : Text.Of(server.LastFailedAt));
+        text.Add("connect_time_us", server.ConnectMicroseconds);
     }
 
     private void WriteHistogram(string name, Histogram histogram)
     {
-        _text.Open("{", name);
-        _text.Open("[", "le_us");
-        Array.ForEach(histogram.Bounds, _text.Add);
-        _text.Close("]");
-        _text.Open("[", "counts");
-        for (int i = 0; i <= histogram.Bounds.Length; i++)
-        {
-            _text.Add(histogram.CountAt(i));
-        }
-
-        _text.Close("]");
-        _text.Add("sum_us", histogram.Sum);
-        _text.Close("}");
+        text.Open("{", name);
+        Numbers("le_us", histogram.Bounds.Length, i => histogram.Bounds[i]);
+        Numbers("counts", histogram.Bounds.Length + 1, histogram.CountAt);
+        text.Add("sum_us", histogram.Sum);
+        text.Close("}");
     }
 
-    private void WriteSessions()
+    private void WriteSession(ISession session)
     {
-        foreach (ISession session in _totals.Sessions)
+        text.Add("id", $"0x{session.Line.Id:x}"); // as control calls it
+        text.Add("route", session.Line.RouteStats.Name);
+        text.Add("client", Text.Of(session.Line.Client));
+        text.Add("server", session.Line.ServerStats?.Title ?? "-");
+        text.Add("address", Text.Of(session.Line.Address));
+        text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
+        text.Add("bytes_up", session.BytesUp);
+        text.Add("bytes_down", session.BytesDown);
+    }
+
+    private void Objects<T>(string key, List<T> items, Action<T> write)
+        where T : class
+    {
+        text.Open("[", key);
+        foreach (T item in items)
         {
-            _text.Open("{");
-            _text.Add("id", $"0x{session.Line.Id:x}"); // as control calls it
-            _text.Add("route", session.Line.RouteStats.Name);
-            _text.Add("client", Text.Of(session.Line.Client));
-            _text.Add("server", session.Line.ServerStats?.Title ?? "-");
-            _text.Add("address", Text.Of(session.Line.Address));
-            _text.Add("age_ms", (long)session.Line.Age.TotalMilliseconds);
-            _text.Add("bytes_up", session.BytesUp);
-            _text.Add("bytes_down", session.BytesDown);
-            _text.Close("}");
+            text.Open("{");
+            write(item);
+            text.Close("}");
         }
+
+        text.Close("]");
+    }
+
+    private void Numbers(string key, int count, Func<int, long> number)
+    {
+        text.Open("[", key);
+        for (int i = 0; i < count; i++)
+        {
+            text.Add(number(i));
+        }
+
+        text.Close("]");
     }
 
     // ---- Prometheus, text format 0.0.4
@@ -8530,24 +8506,24 @@ internal sealed class StatsPage
             Sample("server_connect_time_seconds_count", Label(server), Text.Of(server.Connections));
         });
 
-        Single("build_info", "The version.", "1", $"version={Quote(_proxy.Version)}");
-        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(_proxy.StartedAt));
+        Single("build_info", "The version.", "1", $"version={Quote(proxy.Version)}");
+        Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(proxy.StartedAt));
         Single("process_cpu_seconds_total", "Processor time.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
         Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
         Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
         Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
-        Single("process_stopping", "Whether the process drains.", _proxy.IsDraining ? "1" : "0");
-        Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(_log.DroppedInAll));
+        Single("process_stopping", "Whether the process drains.", proxy.IsDraining ? "1" : "0");
+        Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(log.DroppedInAll));
     }
 
     private void Family(string name, string help, string? type = null)
     {
         type ??= name.EndsWith("_total", StringComparison.Ordinal) ? "counter" : "gauge";
-        _text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
+        text.Append($"# HELP tcpproxy_{name} {help}\n# TYPE tcpproxy_{name} {type}\n");
     }
 
     private void Sample(string name, string labels, string value) =>
-        _text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
+        text.Append(labels.Length == 0 ? $"tcpproxy_{name} {value}\n" : $"tcpproxy_{name}{{{labels}}} {value}\n");
 
     private void Single(string name, string help, string value, string labels = "")
     {
@@ -8845,71 +8821,36 @@ poll()
 
 /// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
 /// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
-internal sealed class ControlServer(Func<string[], string> answer, Log log)
+internal sealed class ControlServer(Func<string[], string> answer, Log log) : SideServer(most: 16, log)
 {
-    private const int MostClients = 16;
     private const int LongestLine = 16 << 10; // bytes
     private const int Chunk = 64 << 10; // bytes that a client must take within Slowest
     private const int Slowest = 10_000; // ms
     private const int Idle = 60_000; // ms
 
-    private int _clients;
-
-    /// <summary>The socket is ours from here on.</summary>
-    internal void Accepted(Socket client)
+    protected override async Task ServeAsync(Socket client, CancellationTokenSource time)
     {
-        if (Interlocked.Increment(ref _clients) <= MostClients)
+        byte[] bytes = new byte[LongestLine];
+        Conduct conduct = new();
+        for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
         {
-            _ = Task.Run(() => ServeAsync(client));
-            return;
-        }
-
-        Interlocked.Decrement(ref _clients);
-        client.Dispose();
-    }
-
-    private async Task ServeAsync(Socket client)
-    {
-        try
-        {
-            using CancellationTokenSource time = new();
-            byte[] bytes = new byte[LongestLine];
-            Conduct conduct = new();
-            for (int length = 0, received = 1; received > 0 && !conduct.IsOver;)
+            time.CancelAfter(Idle);
+            received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
+            length += received;
+            int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
+            if (end == 0 && length == LongestLine)
             {
-                time.CancelAfter(Idle);
-                received = await client.ReceiveAsync(bytes.AsMemory(length), SocketFlags.None, time.Token);
-                length += received;
-                int end = received == 0 ? length : bytes.AsSpan(0, length).LastIndexOf((byte)'\n') + 1; // the last line may lack it
-                if (end == 0 && length == LongestLine)
-                {
-                    await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
-                    return;
-                }
-
-                if (end > 0)
-                {
-                    await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
-                }
-
-                bytes.AsSpan(end, length - end).CopyTo(bytes);
-                length -= end;
+                await SendAsync(client, $"{conduct.Mark}A line has less than {LongestLine} bytes.\n\n", time);
+                return;
             }
-        }
-        catch (Exception e) when (e is SocketException or OperationCanceledException)
-        {
-            // it has left, or is too slow
-        }
-#pragma warning disable CA1031 // the last line of defence: a command must not end the proxy
-        catch (Exception e)
-#pragma warning restore CA1031
-        {
-            log.Event(LogLevel.Error, "internal-error", e.ToString());
-        }
-        finally
-        {
-            client.Dispose();
-            Interlocked.Decrement(ref _clients);
+
+            if (end > 0)
+            {
+                await AnswerAsync(client, Encoding.UTF8.GetString(bytes, 0, end), conduct, time);
+            }
+
+            bytes.AsSpan(end, length - end).CopyTo(bytes);
+            length -= end;
         }
     }
 
