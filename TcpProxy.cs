@@ -1936,7 +1936,7 @@ internal sealed class Proxy : IObserved
     {
         int most = 1000; // lines of servers
         Log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
-            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(Log.DroppedInAll, "line")} of the log dropped"
+            + $"{Environment.WorkingSet >> 10} KB of memory, {Text.Count(Log.DroppedInAll, "line")} of the log dropped"
             + (IsDraining ? ", draining" : ""));
         foreach (RouteStats route in Look())
         {
@@ -2587,7 +2587,7 @@ internal sealed class Acceptor(
             {
                 break;
             }
-            catch (SocketException e) when (SocketErrors.IsExhausted(e.SocketErrorCode))
+            catch (SocketException e) when (Descriptors.AreExhausted(e.SocketErrorCode))
             {
                 Exhaustion.RefuseWaiting(_socket, log);
                 await Task.Delay(Pause);
@@ -8082,7 +8082,7 @@ internal sealed class FirstBytes : IDisposable
 // What those who run the proxy see of it and tell it: the page and the numbers of --stats, the connections of --control, and
 // whoever has started us and wants to know how we are. They look at the counters of OBSERVE; none of it is on the data path.
 
-/// <summary>For those who look, not for traffic: a few clients at once, whoever comes then is closed, and so is who is slow.</summary>
+/// <summary>For those who look, not for traffic: a few clients at once, and who is slow is cut off.</summary>
 internal abstract class SideServer(int most, Log log)
 {
     private int _clients;
@@ -8334,7 +8334,7 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         text.Add("uptime_s", (long)(DateTime.UtcNow - proxy.StartedAt).TotalSeconds);
         text.Add("draining", proxy.IsDraining);
         text.Add("health", Illness(proxy, _totals.Routes) ?? "ok");
-        text.Add("resident_bytes", Usage.Resident);
+        text.Add("resident_bytes", Environment.WorkingSet);
         text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
         text.Add("log_dropped", log.DroppedInAll);
         text.Add("interval_s", Series.Interval);
@@ -8472,8 +8472,7 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         OfHistograms("frontend_session_duration_seconds", "How long connections with a server lasted.", route => route.Duration);
         OfHistograms("backend_connect_time_seconds", "How long connecting to servers took.", route => route.ConnectTime);
         OfRoutes("backend_current_queue", "Clients waiting for room.", route => route.Queued);
-        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.",
-            route => route.ConnectFailures);
+        OfRoutes("backend_connection_errors_total", "Connects to servers that failed.", route => route.ConnectFailures);
         OfRoutes("backend_retry_warnings_total", "Connects tried again at another server.", route => route.Retries);
         OfRoutes("backend_client_aborts_total", "Connections reset by clients.", route => route.ClientResets);
         OfRoutes("backend_server_aborts_total", "Connections reset by servers.", route => route.ServerResets);
@@ -8509,8 +8508,8 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         Single("build_info", "The version.", "1", $"version={Quote(proxy.Version)}");
         Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(proxy.StartedAt));
         Single("process_cpu_seconds_total", "Processor time.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
-        Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
-        Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
+        Known("process_resident_memory_bytes", "Resident memory.", Environment.WorkingSet);
+        Known("process_open_fds", "Open descriptors.", Descriptors.Open);
         Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
         Single("process_stopping", "Whether the process drains.", proxy.IsDraining ? "1" : "0");
         Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(log.DroppedInAll));
@@ -8819,8 +8818,9 @@ poll()
 
 // ---- control
 
-/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each answered
-/// by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a FormatException.</summary>
+/// <summary>Takes --control's commands as HAProxy does (its management guide, 9.3): lines of them, with ; between, each
+/// answered by a text and an empty line; then the connection ends, unless it is in prompt mode. What is wrong is a
+/// FormatException.</summary>
 internal sealed class ControlServer(Func<string[], string> answer, Log log) : SideServer(most: 16, log)
 {
     private const int LongestLine = 16 << 10; // bytes
@@ -8956,7 +8956,8 @@ internal static class ControlClient
         StringBuilder text = new();
         bool isError = false;
         bool isFirst = true; // of an answer
-        foreach (string line in (answer.StartsWith('\n') ? answer[1..] : answer).TrimEnd('\n').Split('\n')) // the first answer is to 'set'
+        answer = answer.StartsWith('\n') ? answer[1..] : answer; // the first is to 'set'
+        foreach (string line in answer.TrimEnd('\n').Split('\n'))
         {
             bool isMarked = isFirst && line is ['[', >= '0' and <= '7', ']', ':', ' ', ..];
             string words = isMarked ? line[5..] : line;
@@ -9051,10 +9052,6 @@ internal sealed class Supervisor : Watched
         }
 
         return false;
-    }
-
-    internal override void Stop()
-    {
     }
 
     private async Task AnswerAsync(Socket ear)
@@ -9152,7 +9149,7 @@ internal sealed class CloseReason(
     internal static CloseReason Unexpected(Exception e) => new("IC", "internal error", error: e);
 
     internal static CloseReason OfConnect(Exception e) => e is not SocketException error ? Unexpected(e)
-        : SocketErrors.IsExhausted(error.SocketErrorCode) ? OutOfDescriptors
+        : Descriptors.AreExhausted(error.SocketErrorCode) ? OutOfDescriptors
         : error.SocketErrorCode == SocketError.TimedOut ? ConnectTimeout
         : OfServer(Text.Reason(error));
 
@@ -9224,24 +9221,29 @@ internal abstract class LogLine(LogLevel level, string name)
     protected abstract void AddKeys(LogText text);
 }
 
-internal class MessageLine(LogLevel level, string name, string? route, string message) : LogLine(level, name)
+/// <summary>Keys and values in turn: strings, longs, or null for what is left out.</summary>
+internal class EventLine(LogLevel level, string name, params object?[] keys) : LogLine(level, name)
 {
     protected override void AddKeys(LogText text)
     {
-        if (route is not null)
+        for (int i = 0; i < keys.Length; i += 2)
         {
-            text.Add("route", route);
-        }
-
-        if (message.Length > 0)
-        {
-            text.Add("message", message);
+            string key = (string)keys[i]!;
+            if (keys[i + 1] is long number)
+            {
+                text.Add(key, number);
+            }
+            else if (keys[i + 1] is string words)
+            {
+                text.Add(key, words);
+            }
         }
     }
 }
 
 /// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
-internal sealed class StateLine(string? route, string words, bool isShown) : MessageLine(LogLevel.Info, "state", route, words)
+internal sealed class StateLine(string? route, string words, bool isShown)
+    : EventLine(LogLevel.Info, "state", "route", route, "message", words)
 {
     private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
 
@@ -9260,41 +9262,12 @@ internal sealed class StateLine(string? route, string words, bool isShown) : Mes
     }
 }
 
-/// <summary>A line whose point is a number.</summary>
-internal sealed class CountLine(LogLevel level, string name, string key, long count) : LogLine(level, name)
-{
-    protected override void AddKeys(LogText text) => text.Add(key, count);
-}
-
 /// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
 internal enum ServerMode
 {
     Ready,
     Drain, // no new connections
     Maintenance, // and no checks
-}
-
-/// <summary>A server goes down or comes up.</summary>
-internal sealed class ServerLine(LogLevel level, string route, string server, string state, string reason)
-    : LogLine(level, "server")
-{
-    protected override void AddKeys(LogText text)
-    {
-        text.Add("route", route);
-        text.Add("server", server);
-        text.Add("state", state);
-        text.Add("reason", reason);
-    }
-}
-
-internal sealed class ListeningLine(string route, string listen, string upstream) : LogLine(LogLevel.Info, "listening")
-{
-    protected override void AddKeys(LogText text)
-    {
-        text.Add("route", route);
-        text.Add("listen", listen);
-        text.Add("upstream", upstream);
-    }
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
@@ -9384,7 +9357,8 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
 }
 
 /// <summary>The same in HAProxy's words, by its option tcplog (its manual, 8.2.2), for those who read these already:
-/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option logasap.</summary>
+/// %ci:%cp [%t] %ft %b/%s %Tw/%Tc/%Tt %B %ts %ac/%fc/%bc/%sc/%rc %sq/%bq. An early one has pluses, as by option
+/// logasap.</summary>
 internal sealed class HaproxyLine(RouteStats route, Func<int> count) : ConnectionLine(route)
 {
     private readonly DateTime _acceptedAt = DateTime.UtcNow;
@@ -9417,24 +9391,24 @@ internal sealed class HaproxyLine(RouteStats route, Func<int> count) : Connectio
         base.Stamp();
         _server = ServerStats ?? _server;
         int others = Volatile.Read(ref RouteStats.Current);
-        _counts = $"{count()}/{others + (End.Length > 0 ? 1 : 0)}/{others}/{(_server is null ? 0 : Volatile.Read(ref _server.Active))}/"
-            + $"{(_tries > 1 ? "+" : "")}{Math.Max(_tries - 1, 0)} 0/{_place}";
+        int ofServer = _server is null ? 0 : Volatile.Read(ref _server.Active);
+        _counts = $"{count()}/{others + (End.Length > 0 ? 1 : 0)}/{others}/{ofServer}/{(_tries > 1 ? "+" : "")}"
+            + $"{Math.Max(_tries - 1, 0)} 0/{_place}";
     }
 
     internal override void Format(LogText text)
     {
         string plus = End.Length > 0 ? "" : "+";
-        string time = Text.Of(TimeZoneInfo.ConvertTimeFromUtc(_acceptedAt, TimeZoneInfo.Local));
-        int month = 3 * int.Parse(time.AsSpan(5, 2), CultureInfo.InvariantCulture);
+        long connecting = ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited;
         text.Append(Client is IPEndPoint ? string.Concat(Text.Of(Client).Split('[', ']')) : "unix:1"); // a path is one listener
-        text.Append($" [{time[8..10]}/{"JanFebMarAprMayJunJulAugSepOctNovDec".AsSpan(month - 3, 3)}/{time[..4]}:{time[11..23]}] ");
+        text.Append(_acceptedAt.ToLocalTime().ToString(" [dd/MMM/yyyy:HH:mm:ss.fff] ", CultureInfo.InvariantCulture));
         text.AppendName(RouteStats.Title);
         text.Append(" ");
         text.AppendName(RouteStats.Title);
         text.Append("/");
         text.AppendName(_server?.Title ?? "<NOSRV>");
-        text.Append($" {_waited}/{(ConnectTime < 0 ? -1 : ConnectTime - _otherwise - _waited)}/{plus}{(long)Duration.TotalMilliseconds} "
-            + $"{plus}{BytesDown} {(plus.Length > 0 ? "--" : End)} {_counts}\n");
+        text.Append($" {_waited}/{connecting}/{plus}{(long)Duration.TotalMilliseconds} {plus}{BytesDown} ");
+        text.Append($"{(plus.Length > 0 ? "--" : End)} {_counts}\n");
     }
 }
 
@@ -9490,7 +9464,7 @@ internal sealed class LogText(LogFormat format)
         Append(isPlain ? value : $"\"{Text.Escape(value)}\"");
     }
 
-    internal void Add(string key, long value)
+    internal void Add(string? key, long value)
     {
         Key(key);
         Append(value.ToString(CultureInfo.InvariantCulture));
@@ -9504,24 +9478,11 @@ internal sealed class LogText(LogFormat format)
 
     // ---- what is nested, in JSON
 
-    internal void Add(long value)
-    {
-        Append(_isFirst ? "" : ",");
-        Append(value.ToString(CultureInfo.InvariantCulture));
-        _isFirst = false;
-    }
+    internal void Add(long value) => Add(null, value);
 
     internal void Open(string bracket, string? key = null)
     {
-        if (key is null)
-        {
-            Append(_isFirst ? "" : ",");
-        }
-        else
-        {
-            Key(key);
-        }
-
+        Key(key);
         Append(bracket);
         _isFirst = true;
     }
@@ -9532,12 +9493,16 @@ internal sealed class LogText(LogFormat format)
         _isFirst = false;
     }
 
-    private void Key(string key)
+    private void Key(string? key) // null in an array
     {
-        Append(_isJson ? _isFirst ? "\"" : ",\"" : _isFirst ? "" : " ");
-        Append(key);
-        Append(_isJson ? "\":" : "=");
+        Append(_isFirst ? "" : _isJson ? "," : " ");
         _isFirst = false;
+        if (key is not null)
+        {
+            Append(_isJson ? "\"" : "");
+            Append(key);
+            Append(_isJson ? "\":" : "=");
+        }
     }
 
     /// <summary>A word of HAProxy's line, which has no quotes: what would part it is #XX.</summary>
@@ -9622,19 +9587,21 @@ internal sealed class Log : IDisposable
     }
 
     internal void Event(LogLevel level, string name, string message, string? route = null) =>
-        Write(new MessageLine(level, name, route, message));
+        Write(new EventLine(level, name, "route", route, "message", message.Length > 0 ? message : null));
 
-    internal void Count(LogLevel level, string name, string key, long count) =>
-        Write(new CountLine(level, name, key, count));
+    internal void Count(LogLevel level, string name, string key, long count) => Write(new EventLine(level, name, key, count));
 
     internal void Listening(string route, string listen, string upstream) =>
-        Write(new ListeningLine(route, listen, upstream));
+        Write(new EventLine(LogLevel.Info, "listening", "route", route, "listen", listen, "upstream", upstream));
 
     internal void ServerState(string route, string server, bool isUp, string reason) =>
-        Write(new ServerLine(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason));
+        ServerState(isUp ? LogLevel.Info : LogLevel.Warn, route, server, isUp ? "up" : "down", reason);
 
-    internal void ServerState(string route, string server, ServerMode mode) => Write(new ServerLine(LogLevel.Info, route, server,
-        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control"));
+    internal void ServerState(string route, string server, ServerMode mode) => ServerState(LogLevel.Info, route, server,
+        mode switch { ServerMode.Ready => "ready", ServerMode.Drain => "drain", _ => "maint" }, "control");
+
+    private void ServerState(LogLevel level, string route, string server, string state, string reason) =>
+        Write(new EventLine(level, "server", "route", route, "server", server, "state", state, "reason", reason));
 
     internal void Ended(ConnectionLine line)
     {
@@ -9646,7 +9613,7 @@ internal sealed class Log : IDisposable
 
     internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
 
-    /// <summary>Whether a connection is to be told early, as another --log-long has passed for it since the sweep's last look.</summary>
+    /// <summary>Whether a connection is to be told early: another --log-long has passed since the sweep's last look.</summary>
     internal bool IsDue(long now, long startedAt)
     {
         long period = (long)_settings.Long.TotalMilliseconds;
@@ -9746,10 +9713,9 @@ internal sealed class Log : IDisposable
             _queue.Clear();
             if (_dropped + _missed > 0)
             {
-                string missed = _missed == 0 ? "" : $" and {Text.Count(_missed, "byte")} of --dump";
-                lines.Add(new MessageLine(LogLevel.Warn, "log", null,
-                    $"{Text.Count(_dropped, "line")}{missed} dropped: the reader of the log is too slow"));
-                lines[^1].Stamp();
+                string blocks = _missed == 0 ? "" : $" and {Text.Count(_missed, "byte")} of --dump";
+                string missed = $"{Text.Count(_dropped, "line")}{blocks}";
+                lines.Add(Own(LogLevel.Warn, $"{missed} dropped: the reader of the log is too slow"));
                 (_dropped, _missed) = (0, 0);
             }
 
@@ -9768,11 +9734,17 @@ internal sealed class Log : IDisposable
         }
         catch (IOException e)
         {
-            lines.Add(new MessageLine(LogLevel.Error, "log", null, $"{e.Message}; the old one is still written to"));
-            lines[^1].Stamp();
+            lines.Add(Own(LogLevel.Error, $"{e.Message}; the old one is still written to"));
         }
 
         return true;
+    }
+
+    private static EventLine Own(LogLevel level, string message)
+    {
+        EventLine line = new(level, "log", "message", message);
+        line.Stamp();
+        return line;
     }
 
     /// <exception cref="IOException">the file cannot be opened; the one before stays</exception>
@@ -9842,10 +9814,7 @@ internal sealed class Log : IDisposable
                 if (_unsent > 0)
                 {
                     LogText words = new(_settings.Format);
-                    MessageLine lost = new(
-                        LogLevel.Warn, "log", null, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}");
-                    lost.Stamp();
-                    lost.Format(words);
+                    Own(LogLevel.Warn, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}").Format(words);
                     UnixSocket.Send(_socket!, words.Bytes);
                     _unsent = 0;
                 }
@@ -9935,7 +9904,7 @@ internal abstract class Counters
         }
     }
 
-    protected void Count(ConnectionLine line, CloseReason reason)
+    internal void Count(ConnectionLine line, CloseReason reason)
     {
         Interlocked.Add(ref _endedUp, line.BytesUp);
         Interlocked.Add(ref _endedDown, line.BytesDown);
@@ -9982,7 +9951,7 @@ internal sealed class RouteStats(string title) : Counters
         Interlocked.Add(ref Refused, reason.IsRefusal ? 1 : 0);
         if (line.ServerStats is { } server)
         {
-            server.Ended(line, reason);
+            server.Count(line, reason);
             Duration.Add(line.Duration);
         }
     }
@@ -10083,8 +10052,6 @@ internal sealed class ServerStats(RouteStats route) : Counters
         Since = DateTime.UtcNow;
         Interlocked.Add(ref Downs, isDown ? 1 : 0);
     }
-
-    internal void Ended(ConnectionLine line, CloseReason reason) => Count(line, reason);
 }
 
 /// <summary>Times in buckets, as Prometheus has them.</summary>
@@ -10240,7 +10207,9 @@ internal abstract class Watched
     internal abstract bool Check(long now);
 
     /// <summary>Called instead once the process is to end.</summary>
-    internal abstract void Stop();
+    internal virtual void Stop()
+    {
+    }
 }
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
@@ -10523,7 +10492,7 @@ internal sealed class Bell : IValueTaskSource<int>
         {
             Interlocked.Exchange(ref _isRung, false);
             ValueTask<int> ringing = _ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None); // before they ring: so it waits
-            for (int count = _waiting.Count; count > 0 && _waiting.TryDequeue(out (Action<object?> Go, object? State) one); count--)
+            for (int count = _waiting.Count; count > 0 && _waiting.TryDequeue(out var one); count--)
             {
                 one.Go(one.State);
             }
@@ -10630,33 +10599,24 @@ internal static class StandardStream
 /// <summary>One that takes lines: of messages, as syslog's, or a stream of them.</summary>
 internal static class UnixSocket
 {
-    internal static Socket Connect(string path)
+    internal static Socket Connect(string path, SocketType type = SocketType.Dgram)
     {
-        Socket socket = new(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified);
+        Socket socket = new(AddressFamily.Unix, type, ProtocolType.Unspecified);
         try
         {
             socket.Connect(new UnixDomainSocketEndPoint(path));
             return socket;
         }
-        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType)
+        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType && type == SocketType.Dgram)
         {
             socket.Dispose();
-            socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-            socket.Connect(new UnixDomainSocketEndPoint(path));
-            return socket;
+            return Connect(path, SocketType.Stream);
         }
     }
 
     /// <summary>A message needs no newline.</summary>
     internal static void Send(Socket socket, ReadOnlySpan<byte> line) =>
         socket.Send(socket.SocketType == SocketType.Dgram ? line[..^1] : line);
-}
-
-internal static class SocketErrors
-{
-    /// <summary>EMFILE, ENFILE, ENOBUFS, ENOMEM.</summary>
-    internal static bool IsExhausted(SocketError error) =>
-        error is SocketError.TooManyOpenSockets or SocketError.NoBufferSpaceAvailable;
 }
 
 internal static class SocketOptions
@@ -10771,6 +10731,10 @@ internal static class Descriptors
     internal static long Limit =>
         Libc.IsThere && Libc.GetLimit(Libc.RlimitNofile, out Libc.Limit limit) == 0 ? (long)limit.Soft : 0;
 
+    /// <summary>EMFILE, ENFILE, ENOBUFS, ENOMEM.</summary>
+    internal static bool AreExhausted(SocketError error) =>
+        error is SocketError.TooManyOpenSockets or SocketError.NoBufferSpaceAvailable;
+
     /// <summary>The soft limit is for programs that select(2); the hard one is what the administrator allows.</summary>
     internal static void RaiseLimit()
     {
@@ -10778,6 +10742,49 @@ internal static class Descriptors
         {
             limit.Soft = limit.Hard;
             _ = Libc.SetLimit(Libc.RlimitNofile, in limit); // best effort
+        }
+    }
+
+    /// <summary>How many are open; 0 where nobody knows. Listing /proc/self/fd would take 6 microseconds for each, asking poll(2)
+    /// for all takes half of one.</summary>
+    internal static long Open
+    {
+        get
+        {
+            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
+            int size = Libc.IsThere ? TableSize() : 0;
+            long open = 0;
+            for (int first = 0; first < size; first += some.Length)
+            {
+                for (int i = 0; i < some.Length; i++)
+                {
+                    some[i] = new Libc.PollDescriptor { Descriptor = first + i };
+                }
+
+                _ = Libc.Poll(ref some[0], (nuint)some.Length, 0);
+                foreach (Libc.PollDescriptor one in some)
+                {
+                    open += (one.Returned & Libc.PollInvalid) == 0 ? 1 : 0;
+                }
+            }
+
+            return open;
+        }
+    }
+
+    /// <summary>A number of proc_pid_status(5), where there is one.</summary>
+    private static int TableSize()
+    {
+        const string Key = "FDSize:";
+        try
+        {
+            string[] lines = Encoding.UTF8.GetString(WholeFile.Read("/proc/self/status", most: 64 << 10)).Split('\n');
+            string line = Array.Find(lines, line => line.StartsWith(Key, StringComparison.Ordinal)) ?? Key;
+            return int.TryParse(line.AsSpan(Key.Length), out int size) ? size : 0;
+        }
+        catch (FormatException)
+        {
+            return 0;
         }
     }
 
@@ -10804,56 +10811,6 @@ internal static class Descriptors
         return found.Count > 0 ? [.. found] : throw new IOException(isOurs
             ? $"no descriptor of that name was passed, only '{string.Join("', '", names)}'"
             : "no descriptors were passed (LISTEN_PID, LISTEN_FDNAMES); is this started by socket activation?");
-    }
-}
-
-/// <summary>What this process takes; 0 where nobody knows.</summary>
-internal static class Usage
-{
-    /// <summary>Bytes.</summary>
-    internal static long Resident => OfStatus("VmRSS:") << 10;
-
-    /// <summary>Listing /proc/self/fd would take 6 microseconds for each, asking poll(2) for all takes half of one.</summary>
-    internal static long OpenDescriptors
-    {
-        get
-        {
-            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
-            long limit = Libc.IsThere ? OfStatus("FDSize:") : 0;
-            long open = 0;
-            for (int first = 0; first < limit; first += some.Length)
-            {
-                for (int i = 0; i < some.Length; i++)
-                {
-                    some[i] = new Libc.PollDescriptor { Descriptor = first + i };
-                }
-
-                _ = Libc.Poll(ref some[0], (nuint)some.Length, 0);
-                foreach (Libc.PollDescriptor one in some)
-                {
-                    open += (one.Returned & Libc.PollInvalid) == 0 ? 1 : 0;
-                }
-            }
-
-            return open;
-        }
-    }
-
-    /// <summary>A number of proc_pid_status(5).</summary>
-    private static long OfStatus(string key)
-    {
-        try
-        {
-            Span<byte> bytes = stackalloc byte[4096];
-            using SafeFileHandle file = File.OpenHandle("/proc/self/status");
-            string text = Encoding.UTF8.GetString(bytes[..RandomAccess.Read(file, bytes, 0)]);
-            string line = Array.Find(text.Split('\n'), line => line.StartsWith(key, StringComparison.Ordinal)) ?? key;
-            return long.TryParse(line[key.Length..].Replace(" kB", "", StringComparison.Ordinal), out long number) ? number : 0;
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            return 0;
-        }
     }
 }
 
@@ -10912,13 +10869,9 @@ internal static class WholeFile
             File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite).Dispose();
             return false;
         }
-        catch (IOException e)
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
             return e.HResult == (OperatingSystem.IsMacOS() ? MacNotSupported : Enxio);
-        }
-        catch (UnauthorizedAccessException)
-        {
-            return false;
         }
     }
 
@@ -11227,10 +11180,6 @@ internal sealed class Orphans : Watched
         return false;
     }
 
-    internal override void Stop()
-    {
-    }
-
     private static int FirstDead()
     {
         Libc.ChildStatus status = default;
@@ -11287,7 +11236,7 @@ internal sealed class Account
             : throw new FormatException($"'{text}' is not NAME or NAME:GROUP");
     }
 
-    /// <summary>From here on no program that this thread, or one that comes from it, starts has more rights than we have.</summary>
+    /// <summary>No program that this thread, or one that comes from it, starts from here on has more rights than we.</summary>
     internal void Prepare()
     {
         if (Libc.Control(Libc.SetNoNewPrivileges, 1) != 0)
@@ -11314,23 +11263,15 @@ internal sealed class Account
         }
     }
 
-    private static uint Id(string number, string what, string name, string file) =>
-        uint.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out uint id) && id < uint.MaxValue ? id // -1 is nobody
+    private static uint Id(string number, string what, string name, string file) => // -1 is nobody
+        uint.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out uint id) && id < uint.MaxValue ? id
         : throw new IOException($"--user: there is no {what} {name} in {file}; one of elsewhere is given by its number");
 
-    private static string[]? Entry(string file, string name) => Entries(file).Find(
-        entry => entry.Length > 3 && (entry[0] == name || (Text.IsDigits(name) && entry[2] == name)));
+    private static string[]? Entry(string file, string name) => Array.Find(
+        Entries(file), entry => entry.Length > 3 && (entry[0] == name || (Text.IsDigits(name) && entry[2] == name)));
 
-    private static List<string[]> Entries(string file)
-    {
-        List<string[]> entries = [];
-        foreach (string line in File.Exists(file) ? Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile)).Split('\n') : [])
-        {
-            entries.Add(line.Split(':'));
-        }
-
-        return entries;
-    }
+    private static string[][] Entries(string file) => !File.Exists(file) ? []
+        : Array.ConvertAll(Encoding.UTF8.GetString(WholeFile.Read(file, LargestFile)).Split('\n'), line => line.Split(':'));
 
     private IOException Wrong(string what) => new($"--user: {_text} {what}");
 }
@@ -11613,23 +11554,17 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         : text.Length > prefix.Length ? text[prefix.Length..]
         : throw new FormatException($"'{text}' has no {what}");
 
-    internal static string CheckPath(string path)
-    {
-        return Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
+    internal static string CheckPath(string path) =>
+        Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
-    }
 
     protected static bool IsPorts(string text) =>
         text.Length > 0 && char.IsAsciiDigit(text[0]) && TcpProxy.Text.IsOf(text, '-');
 }
 
-internal sealed class ListenAddress : Address
+internal sealed class ListenAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
+    : Address(text, kind, host, port, lastPort)
 {
-    private ListenAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
-        : base(text, kind, host, port, lastPort)
-    {
-    }
-
     /// <summary>PATH or unix:PATH</summary>
     internal static string ParsePath(string text) => CheckPath(After("unix:", text, "path") ?? text);
 
@@ -11657,13 +11592,9 @@ internal sealed class ListenAddress : Address
     }
 }
 
-internal sealed class UpstreamAddress : Address
+internal sealed class UpstreamAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
+    : Address(text, kind, host, port, lastPort)
 {
-    private UpstreamAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
-        : base(text, kind, host, port, lastPort)
-    {
-    }
-
     /// <exception cref="FormatException">it is no upstream address</exception>
     internal static UpstreamAddress Parse(string text)
     {
@@ -11794,12 +11725,8 @@ internal static class Units
     /// <exception cref="FormatException">it is no time</exception>
     internal static TimeSpan ParseTime(string text)
     {
-        int digits = 0;
-        while (digits < text.Length && char.IsAsciiDigit(text[digits]))
-        {
-            digits++;
-        }
-
+        int digits = text.AsSpan().IndexOfAnyExceptInRange('0', '9');
+        digits = digits < 0 ? text.Length : digits;
         int unit = Array.IndexOf(Suffixes, digits == text.Length ? "s" : text[digits..]);
         if (text != "off" && (unit < 0 || digits == 0))
         {
@@ -11843,23 +11770,11 @@ internal static class Units
     /// <exception cref="FormatException">it is no size, or not between the bounds</exception>
     internal static long ParseSize(string text, long least = 0, long most = 1L << 60)
     {
-        int shift = text.Length == 0 ? 0 : char.ToLowerInvariant(text[^1]) switch
-        {
-            'k' => 10,
-            'm' => 20,
-            'g' => 30,
-            _ => 0,
-        };
-        string digits = shift == 0 ? text : text[..^1];
-        if (text == "off")
-        {
-            digits = "0";
-        }
-
+        int shift = text.Length == 0 ? 0 : 10 * ("kmg".IndexOf(char.ToLowerInvariant(text[^1]), StringComparison.Ordinal) + 1);
+        string digits = text == "off" ? "0" : shift == 0 ? text : text[..^1];
         if (!long.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture, out long value))
         {
-            throw new FormatException($"'{text}' is not a size; write 512, 64k, 10m or 1g"
-                + (least == 0 ? ", or off" : ""));
+            throw new FormatException($"'{text}' is not a size; write 512, 64k, 10m or 1g{(least == 0 ? ", or off" : "")}");
         }
 
         return value <= most >> shift && value << shift >= least ? value << shift
@@ -11898,28 +11813,8 @@ internal static class Text
 
     internal static string Of(long number) => number.ToString(CultureInfo.InvariantCulture);
 
-    /// <summary>RFC 3339 with milliseconds. By hand: DateTime's own formatting brings the time zones along (0.2 MB).</summary>
-    internal static string Of(DateTime utc)
-    {
-        Span<char> text = stackalloc char[24];
-        "0000-00-00T00:00:00.000Z".CopyTo(text);
-        Put(text[..4], utc.Year);
-        Put(text[5..7], utc.Month);
-        Put(text[8..10], utc.Day);
-        Put(text[11..13], utc.Hour);
-        Put(text[14..16], utc.Minute);
-        Put(text[17..19], utc.Second);
-        Put(text[20..23], utc.Millisecond);
-        return new string(text);
-
-        static void Put(Span<char> digits, int number)
-        {
-            for (int i = digits.Length - 1; i >= 0; i--, number /= 10)
-            {
-                digits[i] = (char)('0' + (number % 10));
-            }
-        }
-    }
+    /// <summary>RFC 3339 with milliseconds.</summary>
+    internal static string Of(DateTime utc) => $"{utc.ToString("O", CultureInfo.InvariantCulture).AsSpan(0, 23)}Z";
 
     /// <summary>An end point as people write it: IPv4 without the IPv6 around it, "-" for none.</summary>
     internal static string Of(EndPoint? endPoint) => endPoint switch
@@ -12115,15 +12010,19 @@ internal static class Text
     /// escapes (RFC 8259, 7), which logfmt shares.</summary>
     internal static string Escape(string text)
     {
-        if (text.AsSpan().IndexOfAnyInRange('\0', '\u001f') < 0 && text.AsSpan().IndexOfAnyInRange('\u007f', '\u009f') < 0
-            && text.AsSpan().IndexOfAnyInRange('\u2028', '\u202e') < 0 && text.AsSpan().IndexOfAnyInRange('\u2066', '\u2069') < 0
-            && text.AsSpan().IndexOfAny('"', '\\') < 0)
+        int safe = 0; // characters
+        while (safe < text.Length && IsSafe(text[safe]))
+        {
+            safe++;
+        }
+
+        if (safe == text.Length)
         {
             return text;
         }
 
-        StringBuilder escaped = new();
-        foreach (char c in text)
+        StringBuilder escaped = new(text[..safe]);
+        foreach (char c in text.AsSpan(safe))
         {
             _ = c switch
             {
@@ -12131,12 +12030,15 @@ internal static class Text
                 '\n' => escaped.Append("\\n"),
                 '\r' => escaped.Append("\\r"),
                 '\t' => escaped.Append("\\t"),
-                < ' ' or (>= '\u007f' and <= '\u009f') or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069') =>
-                    escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
-                _ => escaped.Append(c),
+                _ when IsSafe(c) => escaped.Append(c),
+                _ => escaped.Append("\\u").Append(((int)c).ToString("x4", CultureInfo.InvariantCulture)),
             };
         }
 
         return escaped.ToString();
     }
+
+    /// <summary>No control character (C0, C1), line end or change of direction, and no mark of the escapes.</summary>
+    private static bool IsSafe(char c) => c is >= ' ' and not ('"' or '\\' or (>= '\u007f' and <= '\u009f')
+        or (>= '\u2028' and <= '\u202e') or (>= '\u2066' and <= '\u2069'));
 }
