@@ -1936,7 +1936,7 @@ internal sealed class Proxy : IObserved
     {
         int most = 1000; // lines of servers
         Log.State($"running for {Units.Words(DateTime.UtcNow - StartedAt)}, {Text.Count(_count(), "connection")}, "
-            + $"{Environment.WorkingSet >> 10} KB of memory, {Text.Count(Log.DroppedInAll, "line")} of the log dropped"
+            + $"{Usage.Resident >> 10} KB of memory, {Text.Count(Log.DroppedInAll, "line")} of the log dropped"
             + (IsDraining ? ", draining" : ""));
         foreach (RouteStats route in Look())
         {
@@ -5964,7 +5964,7 @@ internal sealed class DumpTap(Log log, bool isHex, StrongBox<long>? left, string
 }
 
 internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHex, string mark, string end)
-    : LogLine(LogLevel.Error, "")
+    : LogLine(LogLevel.Error)
 {
     internal override int Shown => Math.Max(length, 1);
 
@@ -5990,8 +5990,6 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
         text.Append(mark.Length > 1 && at > 0 ? $"\e[m{end}" : end);
         ArrayPool<byte>.Shared.Return(bytes);
     }
-
-    protected override void AddKeys(LogText text) => throw new UnreachableException();
 }
 
 // ---- spool: how record and pcap write. No event loop may wait for a file (rule 6), so an option has one thread for all of its:
@@ -8334,7 +8332,7 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         text.Add("uptime_s", (long)(DateTime.UtcNow - proxy.StartedAt).TotalSeconds);
         text.Add("draining", proxy.IsDraining);
         text.Add("health", Illness(proxy, _totals.Routes) ?? "ok");
-        text.Add("resident_bytes", Environment.WorkingSet);
+        text.Add("resident_bytes", Usage.Resident);
         text.Add("cpu_ms", (long)Environment.CpuUsage.TotalTime.TotalMilliseconds);
         text.Add("log_dropped", log.DroppedInAll);
         text.Add("interval_s", Series.Interval);
@@ -8508,8 +8506,8 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         Single("build_info", "The version.", "1", $"version={Quote(proxy.Version)}");
         Single("process_start_time_seconds", "When the process started, since the epoch.", Epoch(proxy.StartedAt));
         Single("process_cpu_seconds_total", "Processor time.", Seconds((long)Environment.CpuUsage.TotalTime.TotalMicroseconds));
-        Known("process_resident_memory_bytes", "Resident memory.", Environment.WorkingSet);
-        Known("process_open_fds", "Open descriptors.", Descriptors.Open);
+        Known("process_resident_memory_bytes", "Resident memory.", Usage.Resident);
+        Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
         Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
         Single("process_stopping", "Whether the process drains.", proxy.IsDraining ? "1" : "0");
         Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(log.DroppedInAll));
@@ -8972,9 +8970,9 @@ internal static class ControlClient
 }
 
 /// <summary>Who has started us and wants to know how we are: systemd, or whoever else sets NOTIFY_SOCKET (sd_notify(3)). Where
-/// WATCHDOG_USEC is set as well we say that we live, twice in that time: the sweep rings in every event loop, and the loop that
-/// answers last sends the message, so that one which hangs holds it back. The log, the name look-ups and the thread pool may
-/// hang without that.</summary>
+/// WATCHDOG_USEC is set as well we say that we live, twice in that time: the sweep rings in every event loop, and whichever
+/// thread answers last sends the message, so that one which hangs holds it back. The log, the name look-ups and the thread pool
+/// may hang without that.</summary>
 internal sealed class Supervisor : Watched
 {
     private const int StatusPause = 5000; // ms at least between two of them
@@ -8986,7 +8984,7 @@ internal sealed class Supervisor : Watched
     private string _told = "";
     private long _statusDue;
     private long _ringDue;
-    private int _silent; // loops that have been rung and have not answered
+    private int _silent; // loops that have been rung and have not answered, and the sweep that rings them
 
     internal Supervisor(Func<string> status)
     {
@@ -9046,9 +9044,9 @@ internal sealed class Supervisor : Watched
         if (Bound > TimeSpan.Zero && now >= _ringDue && Volatile.Read(ref _silent) == 0)
         {
             _ringDue = now + (long)(Bound.TotalMilliseconds * 3 / 4); // the sweep may come a quarter late
-            _silent = _ropes.Count;
+            _silent = _ropes.Count + 1;
             _ropes.ForEach(rope => rope.Send(_sound));
-            Answered(0);
+            Answered();
         }
 
         return false;
@@ -9059,13 +9057,13 @@ internal sealed class Supervisor : Watched
         byte[] heard = new byte[1];
         while (await ear.ReceiveAsync(heard.AsMemory(), SocketFlags.None) > 0)
         {
-            Answered(1);
+            Answered();
         }
     }
 
-    private void Answered(int loops)
+    private void Answered()
     {
-        if (Interlocked.Add(ref _silent, -loops) == 0 && (loops > 0 || _ropes.Count == 0))
+        if (Interlocked.Decrement(ref _silent) == 0)
         {
             Tell("WATCHDOG=1", isPatient: false);
         }
@@ -9197,35 +9195,28 @@ internal sealed class LogSettings
     }
 }
 
-/// <summary>One line: when, how bad, what; the other keys are the subclass's.</summary>
-internal abstract class LogLine(LogLevel level, string name)
+/// <summary>One line, or a block that goes to stderr wherever the lines go.</summary>
+internal abstract class LogLine(LogLevel level)
 {
     protected DateTime Time { get; private set; }
-    protected virtual string Name => name;
 
     internal LogLevel Level { get; } = level;
 
-    /// <summary>The bytes in a block, which goes to stderr wherever the lines go. 0 for a line.</summary>
+    /// <summary>The bytes in a block. 0 for a line.</summary>
     internal virtual int Shown => 0;
 
     internal virtual void Stamp() => Time = DateTime.UtcNow;
 
     /// <summary>Called once, by the writer.</summary>
-    internal virtual void Format(LogText text)
-    {
-        text.Begin(Time, Level, Name);
-        AddKeys(text);
-        text.End();
-    }
-
-    protected abstract void AddKeys(LogText text);
+    internal abstract void Format(LogText text);
 }
 
 /// <summary>Keys and values in turn: strings, longs, or null for what is left out.</summary>
-internal class EventLine(LogLevel level, string name, params object?[] keys) : LogLine(level, name)
+internal sealed class EventLine(LogLevel level, string name, params object?[] keys) : LogLine(level)
 {
-    protected override void AddKeys(LogText text)
+    internal override void Format(LogText text)
     {
+        text.Begin(Time, Level, name);
         for (int i = 0; i < keys.Length; i += 2)
         {
             string key = (string)keys[i]!;
@@ -9238,28 +9229,17 @@ internal class EventLine(LogLevel level, string name, params object?[] keys) : L
                 text.Add(key, words);
             }
         }
+
+        text.End();
     }
 }
 
-/// <summary>What USR2 asks for; on stderr where the log would not show it.</summary>
-internal sealed class StateLine(string? route, string words, bool isShown)
-    : EventLine(LogLevel.Info, "state", "route", route, "message", words)
+/// <summary>What USR2 asks for, where the log would not show it.</summary>
+internal sealed class StateBlock(string words) : LogLine(LogLevel.Info)
 {
-    private readonly string _shown = Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}");
+    internal override int Shown => words.Length;
 
-    internal override int Shown => isShown ? _shown.Length : 0;
-
-    internal override void Format(LogText text)
-    {
-        if (isShown)
-        {
-            text.Append($"{_shown}\n");
-        }
-        else
-        {
-            base.Format(text);
-        }
-    }
+    internal override void Format(LogText text) => text.Append(words);
 }
 
 /// <summary>What an administrator wants of a server. The connections that it has go on in any case.</summary>
@@ -9271,12 +9251,11 @@ internal enum ServerMode
 }
 
 /// <summary>The life of one connection, filled in as it goes.</summary>
-internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connection")
+internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info)
 {
     private static int _lastId;
 
     private readonly long _startedAt = Stopwatch.GetTimestamp();
-    private EndPoint? _server;
     private CloseReason? _reason;
 
     internal RouteStats RouteStats { get; } = route;
@@ -9289,14 +9268,13 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
     internal long BytesUp { get; set; }
     internal long BytesDown { get; set; }
 
-    internal EndPoint? Address => _server;
+    internal EndPoint? Address { get; private set; } // of the server, once connected
     internal TimeSpan Duration { get; private set; }
     internal TimeSpan Age => Stopwatch.GetElapsedTime(_startedAt);
 
     /// <summary>What those leave who only look whether somebody answers.</summary>
     internal bool IsEmpty => BytesUp + BytesDown == 0 && (End == "--" || End.StartsWith('C'));
 
-    protected override string Name => _reason is null ? "connection-long" : base.Name;
     protected long ConnectTime { get; private set; } = -1; // ms; -1 = never connected
     protected string End => _reason?.Code ?? ""; // not yet
 
@@ -9324,7 +9302,7 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
 
     internal void Connected(EndPoint? address, ServerStats? server)
     {
-        (_server, ServerStats) = (address, server);
+        (Address, ServerStats) = (address, server);
         ConnectTime = (long)Age.TotalMilliseconds;
     }
 
@@ -9338,12 +9316,13 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
         return early;
     }
 
-    protected override void AddKeys(LogText text)
+    internal override void Format(LogText text)
     {
+        text.Begin(Time, Level, _reason is null ? "connection-long" : "connection");
         text.Add("route", RouteStats.Title);
         text.Add("client", Text.Of(Client));
         text.Add("upstream", Target);
-        text.Add("server", Text.Of(_server));
+        text.Add("server", Text.Of(Address));
         text.Add("connect_ms", ConnectTime);
         text.Add("duration_ms", (long)Duration.TotalMilliseconds);
         text.Add("bytes_up", BytesUp);
@@ -9353,6 +9332,8 @@ internal class ConnectionLine(RouteStats route) : LogLine(LogLevel.Info, "connec
             text.Add("end", _reason.Code);
             text.Add("reason", _reason.Words);
         }
+
+        text.End();
     }
 }
 
@@ -9611,7 +9592,9 @@ internal sealed class Log : IDisposable
         }
     }
 
-    internal void State(string words, string? route = null) => Write(new StateLine(route, words, !Has(LogLevel.Info)));
+    internal void State(string words, string? route = null) => Write(Has(LogLevel.Info)
+        ? new EventLine(LogLevel.Info, "state", "route", route, "message", words)
+        : new StateBlock(Text.Escape($"tcpproxy: {(route is null ? "" : $"route {route}: ")}{words}") + "\n"));
 
     /// <summary>Whether a connection is to be told early: another --log-long has passed since the sweep's last look.</summary>
     internal bool IsDue(long now, long startedAt)
@@ -9774,6 +9757,11 @@ internal sealed class Log : IDisposable
 
     private void WriteOut(LogText text, bool isShown)
     {
+        if (text.Bytes.IsEmpty)
+        {
+            return;
+        }
+
         try
         {
             if (isShown || (_file is null && _settings.Socket is null))
@@ -9806,7 +9794,7 @@ internal sealed class Log : IDisposable
     private void Send(string path, ReadOnlySpan<byte> line)
     {
         const int Pause = 1000; // ms
-        for (bool isOld = _socket is not null; !line.IsEmpty && (isOld || Environment.TickCount64 >= _retryAt); isOld = false)
+        for (bool isOld = _socket is not null; isOld || Environment.TickCount64 >= _retryAt; isOld = false)
         {
             try
             {
@@ -9836,10 +9824,10 @@ internal sealed class Log : IDisposable
             }
         }
 
-        _unsent += line.IsEmpty ? 0 : 1;
+        _unsent++;
         lock (_queue)
         {
-            DroppedInAll += line.IsEmpty ? 0 : 1;
+            DroppedInAll++;
         }
     }
 }
@@ -10745,49 +10733,6 @@ internal static class Descriptors
         }
     }
 
-    /// <summary>How many are open; 0 where nobody knows. Listing /proc/self/fd would take 6 microseconds for each, asking poll(2)
-    /// for all takes half of one.</summary>
-    internal static long Open
-    {
-        get
-        {
-            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
-            int size = Libc.IsThere ? TableSize() : 0;
-            long open = 0;
-            for (int first = 0; first < size; first += some.Length)
-            {
-                for (int i = 0; i < some.Length; i++)
-                {
-                    some[i] = new Libc.PollDescriptor { Descriptor = first + i };
-                }
-
-                _ = Libc.Poll(ref some[0], (nuint)some.Length, 0);
-                foreach (Libc.PollDescriptor one in some)
-                {
-                    open += (one.Returned & Libc.PollInvalid) == 0 ? 1 : 0;
-                }
-            }
-
-            return open;
-        }
-    }
-
-    /// <summary>A number of proc_pid_status(5), where there is one.</summary>
-    private static int TableSize()
-    {
-        const string Key = "FDSize:";
-        try
-        {
-            string[] lines = Encoding.UTF8.GetString(WholeFile.Read("/proc/self/status", most: 64 << 10)).Split('\n');
-            string line = Array.Find(lines, line => line.StartsWith(Key, StringComparison.Ordinal)) ?? Key;
-            return int.TryParse(line.AsSpan(Key.Length), out int size) ? size : 0;
-        }
-        catch (FormatException)
-        {
-            return 0;
-        }
-    }
-
     /// <summary>fd:N is that descriptor; fd:NAME all of that name, as systemd hands them over (sd_listen_fds(3)).</summary>
     /// <exception cref="IOException">there is none of that name</exception>
     internal static int[] Inherited(string name)
@@ -10811,6 +10756,56 @@ internal static class Descriptors
         return found.Count > 0 ? [.. found] : throw new IOException(isOurs
             ? $"no descriptor of that name was passed, only '{string.Join("', '", names)}'"
             : "no descriptors were passed (LISTEN_PID, LISTEN_FDNAMES); is this started by socket activation?");
+    }
+}
+
+/// <summary>What this process takes; 0 where nobody knows.</summary>
+internal static class Usage
+{
+    /// <summary>Bytes. Environment.WorkingSet would bring 14 KB along.</summary>
+    internal static long Resident => OfStatus("VmRSS:") << 10;
+
+    /// <summary>Listing /proc/self/fd would take 6 microseconds for each, asking poll(2) for all takes half of one.</summary>
+    internal static long OpenDescriptors
+    {
+        get
+        {
+            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
+            long limit = Libc.IsThere ? OfStatus("FDSize:") : 0;
+            long open = 0;
+            for (int first = 0; first < limit; first += some.Length)
+            {
+                for (int i = 0; i < some.Length; i++)
+                {
+                    some[i] = new Libc.PollDescriptor { Descriptor = first + i };
+                }
+
+                _ = Libc.Poll(ref some[0], (nuint)some.Length, 0);
+                foreach (Libc.PollDescriptor one in some)
+                {
+                    open += (one.Returned & Libc.PollInvalid) == 0 ? 1 : 0;
+                }
+            }
+
+            return open;
+        }
+    }
+
+    /// <summary>A number of proc_pid_status(5).</summary>
+    private static long OfStatus(string key)
+    {
+        try
+        {
+            Span<byte> bytes = stackalloc byte[4096];
+            using SafeFileHandle file = File.OpenHandle("/proc/self/status");
+            string text = Encoding.UTF8.GetString(bytes[..RandomAccess.Read(file, bytes, 0)]);
+            string line = Array.Find(text.Split('\n'), line => line.StartsWith(key, StringComparison.Ordinal)) ?? key;
+            return long.TryParse(line[key.Length..].Replace(" kB", "", StringComparison.Ordinal), out long number) ? number : 0;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return 0;
+        }
     }
 }
 
@@ -11474,12 +11469,8 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     protected static (string Host, int Port, int LastPort) Split(string text, bool isListen)
     {
         int colon = text.LastIndexOf(':');
-        if (colon < 0)
-        {
-            throw new FormatException($"'{text}' has no port; an address is HOST:PORT");
-        }
-
-        string host = text[..colon];
+        string host = colon >= 0 ? text[..colon]
+            : throw new FormatException($"'{text}' has no port; an address is HOST:PORT");
         if (host is ['[', .., ']'])
         {
             host = host[1..^1];
@@ -11524,27 +11515,15 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     private static void CheckHost(string host)
     {
         const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
-        if (host.Length > Longest)
+        string? wrong = host.Length > Longest ? $"a host name of {host.Length} characters; it has at most {Longest}"
+            : Array.Exists(host.ToCharArray(), c => !char.IsLetterOrDigit(c) && c is not ('.' or '-' or '_'))
+                ? $"'{host}' is not a host name or IP address"
+            : host.Contains("..", StringComparison.Ordinal) ? $"'{host}' is not a host name: it has two dots in a row"
+            : TcpProxy.Text.IsOf(host, '.') && (!IPAddress.TryParse(host, out _) || host.Split('.').Length != 4)
+                ? $"'{host}' is not an IPv4 address" : null;
+        if (wrong is not null)
         {
-            throw new FormatException($"a host name of {host.Length} characters; it has at most {Longest}");
-        }
-
-        foreach (char c in host)
-        {
-            if (!char.IsLetterOrDigit(c) && c is not ('.' or '-' or '_'))
-            {
-                throw new FormatException($"'{host}' is not a host name or IP address");
-            }
-        }
-
-        if (host.Contains("..", StringComparison.Ordinal))
-        {
-            throw new FormatException($"'{host}' is not a host name: it has two dots in a row");
-        }
-
-        if (TcpProxy.Text.IsOf(host, '.') && (!IPAddress.TryParse(host, out _) || host.Split('.').Length != 4))
-        {
-            throw new FormatException($"'{host}' is not an IPv4 address");
+            throw new FormatException(wrong);
         }
     }
 
