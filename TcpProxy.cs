@@ -8209,7 +8209,8 @@ internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 6
                 if (Environment.TickCount64 >= next)
                 {
                     next = Math.Max(next, Environment.TickCount64 - Interval) + Interval;
-                    Sample();
+                    new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
+                    _samples++;
                 }
 
                 request?.SetResult(Answer(request));
@@ -8226,12 +8227,6 @@ internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 6
             Thread.Sleep((int)tired);
             tired -= (int)tired;
         }
-    }
-
-    private void Sample()
-    {
-        new Totals(proxy).Routes.ForEach(route => route.Sample(_samples));
-        _samples++;
     }
 
     // ---- HTTP
@@ -9010,10 +9005,10 @@ internal sealed class Supervisor : Watched
     /// <summary>Before other sockets have waited for anything: the runtime gives them to its loops in turn.</summary>
     internal void Start()
     {
-        for (int i = Bound > TimeSpan.Zero ? EventLoop.Count : 0; i > 0 && SocketPair.Open() is { } pair; i--)
+        for (int i = Bound > TimeSpan.Zero ? EventLoop.Count : 0; i > 0 && SocketPair.Open() is [var ear, var rope]; i--)
         {
-            _ropes.Add(pair.Second);
-            _ = AnswerAsync(pair.First);
+            _ropes.Add(rope);
+            _ = AnswerAsync(ear);
         }
 
         if (_path is not null)
@@ -10422,20 +10417,16 @@ internal static class EventLoop
 /// <summary>A socket pair in which an event loop rings itself, so that those who await their turn go on by themselves when the
 /// loop has looked at all other sockets. Task.Yield would move them to the thread pool, which competes with the loop for its
 /// processor: a fifth more of its time per byte copied.</summary>
-internal sealed class Bell : IValueTaskSource<int>
+internal sealed class Bell(Socket ear, Socket rope) : IValueTaskSource<int> // owned, both
 {
     [ThreadStatic]
     private static Bell? _ofLoop;
 
     private static int _isHanging; // one of them, to the loop that will be its own
 
-    private readonly Socket _ear; // owned
-    private readonly Socket _rope; // owned
     private readonly byte[] _sound = new byte[1];
     private readonly ConcurrentQueue<(Action<object?> Go, object? State)> _waiting = new();
     private bool _isRung;
-
-    private Bell(Socket ear, Socket rope) => (_ear, _rope) = (ear, rope);
 
     /// <summary>The one of the event loop whose thread this is. Null on other threads, and while there is none: which loop gets
     /// a new one is the runtime's choice (they take turns), so that one is hung up whenever it was missed.</summary>
@@ -10452,11 +10443,11 @@ internal sealed class Bell : IValueTaskSource<int>
 
     private static void HangUp()
     {
-        if (SocketPair.Open() is { } pair)
+        if (SocketPair.Open() is [var ear, var rope])
         {
-            Bell bell = new(pair.First, pair.Second);
+            Bell bell = new(ear, rope);
             _ = bell.RunAsync();
-            bell._rope.Send(bell._sound); // now that it waits: it goes on in its loop
+            rope.Send(bell._sound); // now that it waits: it goes on in its loop
         }
         else
         {
@@ -10466,12 +10457,12 @@ internal sealed class Bell : IValueTaskSource<int>
 
     private async Task RunAsync()
     {
-        await _ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None);
+        await ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None);
         _isHanging = 0;
         if (_ofLoop is not null || Thread.CurrentThread.IsThreadPoolThread)
         {
-            _ear.Dispose();
-            _rope.Dispose();
+            ear.Dispose();
+            rope.Dispose();
             return;
         }
 
@@ -10479,7 +10470,7 @@ internal sealed class Bell : IValueTaskSource<int>
         while (true)
         {
             Interlocked.Exchange(ref _isRung, false);
-            ValueTask<int> ringing = _ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None); // before they ring: so it waits
+            ValueTask<int> ringing = ear.ReceiveAsync(_sound.AsMemory(), SocketFlags.None); // before they ring: so it waits
             for (int count = _waiting.Count; count > 0 && _waiting.TryDequeue(out var one); count--)
             {
                 one.Go(one.State);
@@ -10498,22 +10489,19 @@ internal sealed class Bell : IValueTaskSource<int>
         _waiting.Enqueue((continuation, state));
         if (!Interlocked.Exchange(ref _isRung, true))
         {
-            _rope.Send(_sound);
+            rope.Send(_sound);
         }
     }
 }
 
-internal sealed class SocketPair
+internal static class SocketPair
 {
-    internal required Socket First { get; init; }
-    internal required Socket Second { get; init; }
-
-    /// <summary>Null when out of descriptors, and without libc.</summary>
-    internal static SocketPair? Open()
+    /// <summary>Two; null when out of descriptors, and without libc.</summary>
+    internal static Socket[]? Open()
     {
         Span<int> ends = stackalloc int[2];
         return Libc.IsThere && Libc.OpenSocketPair(Libc.UnixFamily, Libc.StreamSocket | Libc.CloseOnExecSocket, 0,
-            ref MemoryMarshal.GetReference(ends)) == 0 ? new SocketPair { First = Own(ends[0]), Second = Own(ends[1]) } : null;
+            ref MemoryMarshal.GetReference(ends)) == 0 ? [Own(ends[0]), Own(ends[1])] : null;
     }
 
     internal static Socket Own(int descriptor) => new(new SafeSocketHandle(descriptor, ownsHandle: true));
@@ -11464,12 +11452,13 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     /// <summary>The port at a place in the range; a single port stands for all.</summary>
     internal int PortAt(int index) => PortCount == 1 ? port : port + index;
 
-    /// <summary>HOST:PORT, [v6]:PORT or HOST:P1-P2 to its parts.</summary>
+    /// <summary>HOST:PORT, [v6]:PORT or HOST:P1-P2 to its parts. Ports alone have no host: null.</summary>
     /// <exception cref="FormatException">it is none</exception>
-    protected static (string Host, int Port, int LastPort) Split(string text, bool isListen)
+    protected static (string? Host, int Port, int LastPort) Split(string text, bool isListen)
     {
+        bool isBare = text.Length > 0 && char.IsAsciiDigit(text[0]) && TcpProxy.Text.IsOf(text, '-');
         int colon = text.LastIndexOf(':');
-        string host = colon >= 0 ? text[..colon]
+        string? host = isBare ? null : colon >= 0 ? text[..colon]
             : throw new FormatException($"'{text}' has no port; an address is HOST:PORT");
         if (host is ['[', .., ']'])
         {
@@ -11479,13 +11468,13 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
                 throw new FormatException($"'{host}' is not an IPv6 address");
             }
         }
-        else if (host.Contains(':', StringComparison.Ordinal))
+        else if (host is not null && host.Contains(':', StringComparison.Ordinal))
         {
             throw new FormatException(IPAddress.TryParse(text, out _)
                 ? $"'{text}' has no port, or no brackets; an IPv6 address is written '[{text}]:PORT'"
                 : $"'{text}' is not an address; an IPv6 address is written '[::1]:PORT'");
         }
-        else if (host.Length > 0 && !(isListen && host == "*"))
+        else if (host?.Length > 0 && !(isListen && host == "*"))
         {
             CheckHost(host);
         }
@@ -11494,7 +11483,7 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
         return (host == "*" ? "" : host, first, last);
     }
 
-    protected static (int First, int Last) Ports(string ports, string text, bool isListen)
+    private static (int First, int Last) Ports(string ports, string text, bool isListen)
     {
         int dash = ports.IndexOf('-', StringComparison.Ordinal);
         int first = Port(dash < 0 ? ports : ports[..dash]);
@@ -11536,9 +11525,6 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     internal static string CheckPath(string path) =>
         Encoding.UTF8.GetByteCount(TcpProxy.Text.FileName(path)) <= LongestPath ? path
             : throw new FormatException($"'{path}' is longer than the {LongestPath} bytes of a unix socket's path");
-
-    protected static bool IsPorts(string text) =>
-        text.Length > 0 && char.IsAsciiDigit(text[0]) && TcpProxy.Text.IsOf(text, '-');
 }
 
 internal sealed class ListenAddress(string text, AddressKind kind, string host, int port = 0, int lastPort = 0)
@@ -11560,14 +11546,8 @@ internal sealed class ListenAddress(string text, AddressKind kind, string host, 
             return new(text, AddressKind.Descriptor, descriptor);
         }
 
-        if (IsPorts(text))
-        {
-            (int first, int last) = Ports(text, text, isListen: true);
-            return new(text, AddressKind.Loopback, "", first, last);
-        }
-
-        (string host, int port, int lastPort) = Split(text, isListen: true);
-        return new(text, host == "localhost" ? AddressKind.Loopback : AddressKind.Tcp, host, port, lastPort);
+        (string? host, int port, int lastPort) = Split(text, isListen: true);
+        return new(text, host is null or "localhost" ? AddressKind.Loopback : AddressKind.Tcp, host ?? "", port, lastPort);
     }
 }
 
@@ -11587,19 +11567,13 @@ internal sealed class UpstreamAddress(string text, AddressKind kind, string host
             return new(text, AddressKind.Unix, CheckPath(path));
         }
 
-        if (IsPorts(text))
-        {
-            (int first, int last) = Ports(text, text, isListen: false);
-            return new(text, AddressKind.Tcp, "localhost", first, last);
-        }
-
         if (TcpProxy.Text.Nearest(text, "echo", "discard") is { } near && !text.Contains(':', StringComparison.Ordinal))
         {
             throw new FormatException($"'{text}' has no port; an address is HOST:PORT; did you mean '{near}'?");
         }
 
-        (string host, int port, int lastPort) = Split(text, isListen: false);
-        return host.Length > 0 ? new(text, AddressKind.Tcp, host, port, lastPort)
+        (string? host, int port, int lastPort) = Split(text, isListen: false);
+        return host is not "" ? new(text, AddressKind.Tcp, host ?? "localhost", port, lastPort)
             : throw new FormatException($"'{text}' has no host; for this machine write '{text[1..]}'");
     }
 }
