@@ -1116,7 +1116,9 @@ internal sealed class ControlCommand(string words, string arguments, string help
         bool isHex = id?.StartsWith("0x", StringComparison.Ordinal) == true;
         _ = uint.TryParse(isHex ? id.AsSpan(2) : id, NumberStyles.AllowHexSpecifier, null, out uint number); // there is no 0
         List<Bridge> sessions = [];
-        foreach (Watched watched in Sweep.Snapshot())
+        Watched[] seen = [];
+        int count = Sweep.Copy(ref seen);
+        foreach (Watched watched in seen.AsSpan(0, count))
         {
             if (watched is Bridge bridge && (id is null || bridge.Line.Id == number))
             {
@@ -9850,7 +9852,7 @@ internal interface ISession
 
 /// <summary>What is counted of a route, or of a server. Interlocked writes it when a connection comes, is connected and ends,
 /// never for a message: how much those that run have moved, they are asked (<see cref="Totals"/>).</summary>
-internal abstract class Counters
+internal abstract class Counters(string title)
 {
     internal long Connections;
     internal int Current;
@@ -9867,6 +9869,8 @@ internal abstract class Counters
     /// <summary>As of the last <see cref="Totals"/>. It never falls, though who ends is for a moment in neither sum.</summary>
     internal long BytesUp { get; private set; }
     internal long BytesDown { get; private set; }
+
+    internal string Title { get; set; } = title;
 
     /// <summary>The title, with a number where it is not the only one.</summary>
     internal string Name { get; set; } = "";
@@ -9898,7 +9902,7 @@ internal abstract class Counters
     }
 }
 
-internal sealed class RouteStats(string title) : Counters
+internal sealed class RouteStats(string title) : Counters(title)
 {
     private const int MostEnds = 64; // the words of the operating system are not ours to number
 
@@ -9910,7 +9914,6 @@ internal sealed class RouteStats(string title) : Counters
 
     internal long Refused;
 
-    internal string Title { get; set; } = title;
     internal Histogram ConnectTime { get; } = new(Histogram.Connects);
     internal Histogram Duration { get; } = new(Histogram.Lives); // of those that were connected
     internal EndCount[] Ends => Volatile.Read(ref _ends);
@@ -9986,7 +9989,7 @@ internal sealed class EndCount(string code, string words)
     internal Series? Recent { get; set; }
 }
 
-internal sealed class ServerStats(RouteStats route) : Counters
+internal sealed class ServerStats(RouteStats route) : Counters(title: "") // until it is known
 {
     internal int Active; // connections, at any moment; changed by Interlocked
     internal int Downs; // how often it went down
@@ -9997,8 +10000,6 @@ internal sealed class ServerStats(RouteStats route) : Counters
     internal string Check { get; set; } = ""; // what the last one found; "" = none yet
     internal string LastFailure { get; set; } = ""; // of a connect
     internal DateTime LastFailedAt { get; private set; }
-
-    internal string Title { get; set; } = "";
 
     // as of the last look
     internal string Address { get; set; } = "";
@@ -10271,16 +10272,7 @@ internal static class Sweep
         Bell.Set();
     }
 
-    /// <summary>What is watched now.</summary>
-    internal static Watched[] Snapshot()
-    {
-        lock (Gate)
-        {
-            return _watched.AsSpan(0, _count).ToArray();
-        }
-    }
-
-    /// <summary>The same in <paramref name="seen"/>, which grows as it must; returns how many.</summary>
+    /// <summary>Puts what is watched now into <paramref name="seen"/>, which grows as it must; returns how many.</summary>
     internal static int Copy(ref Watched[] seen)
     {
         lock (Gate)
