@@ -356,6 +356,7 @@ internal sealed class ProxyProcess
             if (_launch.MayBreakOff)
             {
                 _faults.RemoveAll(f => f.EndsWith(_raw[^1], StringComparison.Ordinal));
+                _lines.RemoveAll(l => l.Raw == _raw[^1]); // cut behind a value, it reads like a line without a level
             }
 
             Assert.True(_faults.Count == 0, $"not a log line: {string.Join('\n', _faults)}");
