@@ -2278,7 +2278,7 @@ internal sealed class Proxy : IObserved
                 connection.Socket?.Close(0);
                 connection.Release();
                 Close(route, client, reason);
-                taps?.End(reason.Code, reason.IsOrderly);
+                taps?.End(reason);
                 End(route, isAdmitted, line, reason);
             }
         }
@@ -2389,7 +2389,7 @@ internal sealed class RoutedBridge(
 
     protected override void Ended(CloseReason reason)
     {
-        taps?.End(reason.Code, reason.IsOrderly);
+        taps?.End(reason);
         _server.Leave();
         (Line.BytesUp, Line.BytesDown) = (BytesUp, BytesDown);
         proxy.End(route, isAdmitted: true, Line, reason);
@@ -4961,10 +4961,10 @@ internal abstract class Bridge : PumpOwner, ISession
             return; // a tap's wait is over because the connection is
         }
 
-        if (error is TapException { IsOrderly: true } end)
+        if (error is TapException { Reason.IsOrderly: true } end)
         {
             // a socket that is closed while something pends on it sends an RST: the pumps end first, and close by it
-            Interlocked.CompareExchange(ref _reason, OfTap(end), null);
+            Interlocked.CompareExchange(ref _reason, end.Reason, null);
             SocketOptions.ShutDown(_client, SocketShutdown.Both);
             SocketOptions.ShutDown(_upstream, SocketShutdown.Both);
             Cancel();
@@ -4973,7 +4973,7 @@ internal abstract class Bridge : PumpOwner, ISession
 
         if (error is not (SocketException or ObjectDisposedException))
         {
-            Abort(error is TapException tap ? OfTap(tap) : CloseReason.Unexpected(error)); // the other pump must not go on alone
+            Abort((error as TapException)?.Reason ?? CloseReason.Unexpected(error)); // the other pump must not go on alone
             return;
         }
 
@@ -4989,9 +4989,6 @@ internal abstract class Bridge : PumpOwner, ISession
             Abort(reason);
         }
     }
-
-    private static CloseReason OfTap(TapException end) =>
-        new(end.Code, end.Message, end.IsOrderly, kind: end.Message.Split(' ')[0]);
 
     internal override void Release()
     {
@@ -5730,12 +5727,11 @@ internal abstract class TapSettings
 }
 
 /// <summary>A tap ends the connection, with a FIN to both sides if <paramref name="isOrderly"/>, else with a reset.</summary>
-#pragma warning disable CA1032 // nobody throws it without a code
-internal sealed class TapException(string code, string words, bool isOrderly = false) : Exception(words)
+#pragma warning disable CA1032 // nobody throws it without words
+internal sealed class TapException(string words, bool isOrderly = false) : Exception(words)
 #pragma warning restore CA1032
 {
-    internal string Code { get; } = code; // as of CloseReason
-    internal bool IsOrderly { get; } = isOrderly;
+    internal CloseReason Reason { get; } = new("PD", words, isOrderly, kind: words.Split(' ')[0]);
 }
 
 /// <summary>A stage of one direction. Its pump calls it, one call at a time; what it does in its own time besides, it keeps
@@ -5756,8 +5752,8 @@ internal abstract class Tap
     /// <summary>No more bytes will come. When this is done, the target gets its FIN.</summary>
     internal virtual ValueTask FinishAsync() => Next.FinishAsync();
 
-    /// <summary>The connection is over: with a FIN, or with a reset.</summary>
-    internal virtual void End(bool isOrderly)
+    /// <summary>The connection is over.</summary>
+    internal virtual void End(CloseReason reason)
     {
     }
 }
@@ -5843,10 +5839,10 @@ internal sealed class TapLine
 
     internal void Cancel() => _ending.Cancel();
 
-    internal void End(bool isOrderly)
+    internal void End(CloseReason reason)
     {
         _ending.Cancel();
-        _taps.ForEach(tap => tap.End(isOrderly));
+        _taps.ForEach(tap => tap.End(reason));
     }
 }
 
@@ -5894,8 +5890,6 @@ internal sealed class Conversation
     internal EndPoint? Upstream { get; } // null for the built-in ones
     internal bool IsEcho { get; }
 
-    /// <summary>Why it has ended, in two letters as of CloseReason.</summary>
-    internal string Code { get; private set; } = "";
     internal long Seed { get; }
     internal long Number { get; } // in its route, from 1
     internal int Toxics { get; set; } // it might have met so far
@@ -5907,11 +5901,10 @@ internal sealed class Conversation
 
     internal TapLine LineOf(bool isUp) => isUp ? _up : _down;
 
-    internal void End(string code, bool isOrderly)
+    internal void End(CloseReason reason)
     {
-        Code = code;
-        Up?.End(isOrderly);
-        Down?.End(isOrderly);
+        Up?.End(reason);
+        Down?.End(reason);
     }
 }
 
@@ -6406,7 +6399,7 @@ internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : T
         await Next.WriteAsync(bytes);
     }
 
-    internal override void End(bool isOrderly)
+    internal override void End(CloseReason reason)
     {
         if (isUp)
         {
@@ -6611,7 +6604,6 @@ internal sealed class CaptureTap : Tap
     private const int WindowScale = 14; // the largest (RFC 7323, 2.3): a window of 1 GB, which never fills
 
     private readonly Capture _capture;
-    private readonly Conversation _conversation;
     private readonly bool _isUp;
     private readonly byte[] _head; // of IP and TCP, without what differs from packet to packet
     private readonly int _ip; // bytes of it
@@ -6626,7 +6618,7 @@ internal sealed class CaptureTap : Tap
 
     internal CaptureTap(Capture capture, Conversation conversation, bool isUp, byte[] head)
     {
-        (_capture, _conversation, _isUp, _head, _ip) = (capture, conversation, isUp, head, head.Length - TcpHead);
+        (_capture, _isUp, _head, _ip) = (capture, isUp, head, head.Length - TcpHead);
         _sum = InternetChecksum.Sum(head.AsSpan(_ip == 20 ? 12.._ip : 8.._ip)) + InternetChecksum.Number(Tcp);
         _sequence = (uint)(Environment.TickCount64 * 250) + (isUp ? 0 : 1u << 31); // a clock of 4 us: RFC 9293, 3.4.1
         conversation.LineOf(isUp).Add(this);
@@ -6679,17 +6671,17 @@ internal sealed class CaptureTap : Tap
     }
 
     /// <summary>Called for each side; the first call speaks for both.</summary>
-    internal override void End(bool isOrderly)
+    internal override void End(CloseReason reason)
     {
         foreach (CaptureTap side in _hasEnded ? [] : (CaptureTap[])[this, _peer])
         {
             side._hasEnded = true;
-            if (isOrderly && !side._hasFinished)
+            if (reason.IsOrderly && !side._hasFinished)
             {
                 _capture.Add(side, Fin | Ack);
                 _capture.Add(side._peer, Ack);
             }
-            else if (!isOrderly && !_conversation.Code.StartsWith(side._isUp ? 'S' : 'C'))
+            else if (!reason.IsOrderly && !reason.Code.StartsWith(side._isUp ? 'S' : 'C'))
             {
                 _capture.Add(side, Reset | Ack);
             }
@@ -6977,7 +6969,7 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
         await Next.FinishAsync();
     }
 
-    internal override void End(bool isOrderly) => _timer?.Dispose();
+    internal override void End(CloseReason reason) => _timer?.Dispose();
 
     private static void PassHeld(object? tap) => _ = ((MatchTap)tap!).EditAsync(default, isLast: true, isTimer: true).AsTask();
 
@@ -7037,8 +7029,8 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
         {
             byte[]? replacement = rules[pattern].Replacement;
             await AddAsync(bytes[done..Math.Max(done, start)], isFlush: replacement is null);
-            await AddAsync(replacement ?? throw new TapException(
-                "PD", $"blocked by '{rules[pattern].Text}' at byte {_offset + start}"));
+            await AddAsync(replacement
+                ?? throw new TapException($"blocked by '{rules[pattern].Text}' at byte {_offset + start}"));
             done = at;
         }
 
@@ -7314,7 +7306,7 @@ internal sealed class DeadEnd(long wait, bool isReset, TapLine line) : Tap
     }
 
     private void EndIf(bool isTime) => _end ??= !isTime ? null : line.EndAtAsync(Stopwatch.GetTimestamp() + wait,
-        new TapException("PD", isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
+        new TapException(isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
 }
 
 /// <summary>Cuts in half, more or less by <paramref name="variation"/>, until a slice is no longer than average and
@@ -7364,7 +7356,7 @@ internal sealed class LimitData(long limit, TapLine line) : Tap
             await Next.FinishAsync();
             line.Finish();
             _ = line.EndAtAsync(Stopwatch.GetTimestamp() + (Linger * Stopwatch.Frequency),
-                new TapException("PD", "toxic limit_data", isOrderly: true));
+                new TapException("toxic limit_data", isOrderly: true));
         }
     }
 
@@ -7412,7 +7404,7 @@ internal sealed class FilterSettings : TapSettings
     internal Child Run(Conversation about) =>
         Child.Start(_path, _words, [$"TCPPROXY_CLIENT={Text.Of(about.Client)}", $"TCPPROXY_UPSTREAM={Text.Of(about.Upstream)}",
             $"TCPPROXY_ROUTE={about.RouteTitle}"], out int error)
-        ?? throw new TapException("PD", $"filter not started: {Marshal.GetPInvokeErrorMessage(error)}");
+        ?? throw new TapException($"filter not started: {Marshal.GetPInvokeErrorMessage(error)}");
 
     internal void Say(Conversation about, string text) =>
         _log!.Event(LogLevel.Warn, "filter", $"{Text.Of(about.Client)}: {text}", about.RouteTitle);
@@ -7463,7 +7455,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
         }
         while (!_work.IsCompleted && (_moves != seen || _isHeldUp));
 
-        await (_work.IsCompleted ? _work : throw new TapException("PD", "filter fin timeout")); // which kills it
+        await (_work.IsCompleted ? _work : throw new TapException("filter fin timeout")); // which kills it
     }
 
     private async Task RunAsync()
@@ -7477,7 +7469,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
             await CopyAsync(child);
             if (await child.EndAsync() is { } failure)
             {
-                throw new TapException("PD", $"filter {failure}");
+                throw new TapException($"filter {failure}");
             }
 
             await Next.FinishAsync();

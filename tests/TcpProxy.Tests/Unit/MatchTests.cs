@@ -171,7 +171,7 @@ public sealed class MatchTests
         MatchTap tap = New([Block("abc"), Block("ab")], new Sink(), patience: 1, failed.SetResult);
         await tap.WriteAsync("..ab"u8.ToArray());
         TapException error = Assert.IsType<TapException>(await failed.Task);
-        Assert.Equal(("PD", "blocked by 'ab' at byte 2", false), (error.Code, error.Message, error.IsOrderly));
+        Assert.Equal(("PD", "blocked by 'ab' at byte 2", false), (error.Reason.Code, error.Message, error.Reason.IsOrderly));
     }
 
     [Fact]

@@ -90,7 +90,7 @@ public sealed class PacketTests
     {
         List<byte[]> packets = await Capture(new IPEndPoint(1, 1), (conversation, _) =>
         {
-            conversation.End(code, isOrderly);
+            conversation.End(new CloseReason(code, "", isOrderly));
             return Task.CompletedTask;
         });
         Assert.Equal(expected, packets.ConvertAll(packet => (int)packet[33])[3..]);
