@@ -5746,7 +5746,7 @@ internal abstract class Tap
     {
     }
 
-    /// <summary>The bytes are the caller's again when this is done.</summary>
+    /// <summary>There are some. They are the caller's again when this is done.</summary>
     internal abstract ValueTask WriteAsync(ReadOnlyMemory<byte> bytes);
 
     /// <summary>No more bytes will come. When this is done, the target gets its FIN.</summary>
@@ -5768,24 +5768,17 @@ internal sealed class TapLine
     private Delivery? _delivery;
     private Action<Exception> _failed = _ => { };
     private Action _finished = () => { };
-    private TapLine _main; // itself, or the line that its taps have gone over to
-
-    internal TapLine() => _main = this;
 
     internal Tap First => _taps[0];
 
     /// <summary>What its client said before there was a bridge.</summary>
     internal byte[] Spoken { get; set; } = [];
     internal long Delivered => _delivery!.Bytes;
-    internal CancellationToken Ending => _main._ending.Token;
+    internal CancellationToken Ending => _ending.Token;
 
     internal void Add(Tap tap) => _taps.Add(tap);
 
-    internal void AddRange(TapLine line)
-    {
-        _taps.AddRange(line._taps);
-        line._main = this;
-    }
+    internal void AddRange(TapLine line) => _taps.AddRange(line._taps);
 
     /// <summary>Null where there is no tap.</summary>
     internal TapLine? To(Socket? target)
@@ -5812,7 +5805,7 @@ internal sealed class TapLine
     }
 
     /// <summary>What a tap did in its own time has failed.</summary>
-    internal void Fail(Exception error) => _main._failed(error);
+    internal void Fail(Exception error) => _failed(error);
 
     /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, up to 5 ms more as timers are.</summary>
     internal async ValueTask UntilAsync(long time)
@@ -5824,10 +5817,12 @@ internal sealed class TapLine
         }
     }
 
-    /// <summary>Ends the connection at that time; if it has ended before, the task is cancelled.</summary>
-    internal async Task EndAtAsync(long time, TapException end)
+    internal ValueTask DelayAsync(long ticks) => UntilAsync(Stopwatch.GetTimestamp() + ticks);
+
+    /// <summary>Ends the connection after that time; if it has ended before, the task is cancelled.</summary>
+    internal async Task EndAfterAsync(long ticks, TapException end)
     {
-        await UntilAsync(time);
+        await DelayAsync(ticks);
         Fail(end);
     }
 
@@ -5835,7 +5830,7 @@ internal sealed class TapLine
     internal ValueTask ForEverAsync() => new(Task.Delay(Timeout.Infinite, Ending));
 
     /// <summary>A tap lets nothing more through: the target gets its FIN before the source has finished.</summary>
-    internal void Finish() => _main._finished();
+    internal void Finish() => _finished();
 
     internal void Cancel() => _ending.Cancel();
 
@@ -7096,15 +7091,8 @@ internal sealed class ToxicSettings : TapSettings
             int equals = word.IndexOf('=', StringComparison.Ordinal);
             string key = equals < 0 ? word : word[..equals];
             int index = Text.ParseWord(key, $"setting of {type}", keys);
-            try
-            {
-                values[index] = equals < 0 ? throw new FormatException($"needs a value, as in {key}=1")
-                    : Parse(type, key, word[(equals + 1)..]);
-            }
-            catch (FormatException e)
-            {
-                throw new FormatException($"{key}: {e.Message}");
-            }
+            Text.At(key, () => values[index] = equals < 0 ? throw new FormatException($"needs a value, as in {key}=1")
+                : Parse(type, key, word[(equals + 1)..]));
         }
 
         return type != "slicer" || values[1] < values[0] ? new ToxicSettings(type, values) // else a slice could be empty
@@ -7136,18 +7124,17 @@ internal sealed class ToxicSettings : TapSettings
     internal override void AddTo(Conversation conversation)
     {
         Chance chance = new(conversation.Seed, conversation.Number, conversation.Toxics++);
-        TapLine line = conversation.LineOf(isUp: _values[^2] == 1);
         if (chance.Below(Certain) < _values[^1])
         {
             long first = _values[0];
-            line.Add(_type switch
+            conversation.LineOf(isUp: _values[^2] == 1).Add(_type switch
             {
-                "latency" => new Latency(Ticks(first), Ticks(_values[1]), line, chance),
-                "bandwidth" => new Bandwidth(first, line),
-                "slow_close" => new SlowClose(Ticks(first), line),
-                "timeout" or "reset_peer" => new DeadEnd(Ticks(first), _type == "reset_peer", line),
-                "slicer" => new Slicer(first, _values[1], Ticks(_values[2]), line, chance),
-                _ => new LimitData(first, line),
+                "latency" => new Latency(Ticks(first), Ticks(_values[1]), chance),
+                "bandwidth" => new Bandwidth(first),
+                "slow_close" => new SlowClose(Ticks(first)),
+                "timeout" or "reset_peer" => new DeadEnd(Ticks(first), _type == "reset_peer"),
+                "slicer" => new Slicer(first, _values[1], Ticks(_values[2]), chance),
+                _ => new LimitData(first),
             });
         }
     }
@@ -7161,12 +7148,10 @@ internal sealed class Chance(long seed, long number, int place)
 {
     private ulong _state = Mix(Mix(Mix((ulong)seed) + (ulong)number) + (ulong)place);
 
-    internal long Below(long bound) => (long)Math.BigMul(Next(), (ulong)bound, out _);
+    internal long Below(long bound) => (long)Math.BigMul(Mix(_state += 0x9E3779B97F4A7C15), (ulong)bound, out _);
 
     /// <summary>From -<paramref name="bound"/> to just below it.</summary>
     internal long Around(long bound) => Below(2 * bound) - bound;
-
-    private ulong Next() => Mix(_state += 0x9E3779B97F4A7C15);
 
     private static ulong Mix(ulong z)
     {
@@ -7178,7 +7163,7 @@ internal sealed class Chance(long seed, long number, int place)
 
 /// <summary>A piece passes that long after it has come, and FIN behind the last. What is held is bounded: then the source
 /// waits. Times are in ticks of <see cref="Stopwatch"/>, here and below.</summary>
-internal sealed class Latency(long latency, long jitter, TapLine line, Chance chance) : Tap
+internal sealed class Latency(long latency, long jitter, Chance chance) : Tap
 {
     private const int Room = 4 << 20; // bytes: at 100 ms, 20 to 40 MB a second pass
     private const int Overhead = 256; // bytes of memory for a piece besides its own
@@ -7190,11 +7175,6 @@ internal sealed class Latency(long latency, long jitter, TapLine line, Chance ch
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        if (bytes.IsEmpty)
-        {
-            return;
-        }
-
         byte[] copy = ArrayPool<byte>.Shared.Rent(bytes.Length); // rule 2
         bytes.CopyTo(copy);
         long due = Stopwatch.GetTimestamp() + latency + chance.Around(jitter);
@@ -7211,7 +7191,7 @@ internal sealed class Latency(long latency, long jitter, TapLine line, Chance ch
     internal override async ValueTask FinishAsync()
     {
         await _last;
-        await (_hasFailed ? line.ForEverAsync() : Next.FinishAsync());
+        await (_hasFailed ? Line.ForEverAsync() : Next.FinishAsync());
     }
 
     private async Task DeliverAsync(Task before, byte[] copy, int length, long due)
@@ -7221,7 +7201,7 @@ internal sealed class Latency(long latency, long jitter, TapLine line, Chance ch
         {
             if (!_hasFailed)
             {
-                await line.UntilAsync(due);
+                await Line.UntilAsync(due);
                 await Next.WriteAsync(copy.AsMemory(0, length));
             }
         }
@@ -7230,7 +7210,7 @@ internal sealed class Latency(long latency, long jitter, TapLine line, Chance ch
 #pragma warning restore CA1031
         {
             _hasFailed = true;
-            line.Fail(e);
+            Line.Fail(e);
         }
 
         ArrayPool<byte>.Shared.Return(copy);
@@ -7238,7 +7218,7 @@ internal sealed class Latency(long latency, long jitter, TapLine line, Chance ch
 }
 
 /// <summary>A pace that holds on average: what a late wake-up has cost is made up for, a pause of the source is not.</summary>
-internal sealed class Pace(TapLine line)
+internal sealed class Pace
 {
     private static readonly long Millisecond = Stopwatch.Frequency / 1000;
 
@@ -7246,7 +7226,7 @@ internal sealed class Pace(TapLine line)
     private long _passedAt;
 
     /// <summary>Waits for as long as <paramref name="cost"/>, from where the last wait should have ended.</summary>
-    internal async ValueTask WaitAsync(long cost)
+    internal async ValueTask WaitAsync(long cost, TapLine line)
     {
         long now = Stopwatch.GetTimestamp();
         _next = Math.Max(_next, now - _passedAt < 10 * Millisecond ? now - (50 * Millisecond) : now) + cost;
@@ -7255,39 +7235,39 @@ internal sealed class Pace(TapLine line)
     }
 }
 
-internal sealed class Bandwidth(long rate, TapLine line) : Tap
+internal sealed class Bandwidth(long rate) : Tap
 {
     private const int Slices = 50; // a second
     private const long Never = long.MaxValue / 4;
 
-    private readonly Pace _pace = new(line);
+    private readonly Pace _pace = new();
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
         while (bytes.Length > 0)
         {
             int length = (int)Math.Min(bytes.Length, 1 + (rate / Slices));
-            await _pace.WaitAsync(rate == 0 ? Never : length * Stopwatch.Frequency / rate);
+            await _pace.WaitAsync(rate == 0 ? Never : length * Stopwatch.Frequency / rate, Line);
             await Next.WriteAsync(bytes[..length]);
             bytes = bytes[length..];
         }
     }
 }
 
-internal sealed class SlowClose(long delay, TapLine line) : Tap
+internal sealed class SlowClose(long delay) : Tap
 {
     internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes) => Next.WriteAsync(bytes);
 
     internal override async ValueTask FinishAsync()
     {
-        await line.UntilAsync(Stopwatch.GetTimestamp() + delay);
+        await Line.DelayAsync(delay);
         await Next.FinishAsync();
     }
 }
 
 /// <summary>timeout and reset_peer: nothing passes. A timeout closes the connection <paramref name="wait"/> after its start
 /// (zero: never), and at the source's FIN; a reset_peer resets it that long after the first bytes or the FIN.</summary>
-internal sealed class DeadEnd(long wait, bool isReset, TapLine line) : Tap
+internal sealed class DeadEnd(long wait, bool isReset) : Tap
 {
     private Task? _end;
 
@@ -7295,25 +7275,25 @@ internal sealed class DeadEnd(long wait, bool isReset, TapLine line) : Tap
 
     internal override ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        EndIf(isReset && !bytes.IsEmpty);
+        EndIf(isReset);
         return default;
     }
 
     internal override ValueTask FinishAsync()
     {
         EndIf(isReset);
-        return isReset ? line.ForEverAsync() : Next.FinishAsync();
+        return isReset ? Line.ForEverAsync() : Next.FinishAsync();
     }
 
-    private void EndIf(bool isTime) => _end ??= !isTime ? null : line.EndAtAsync(Stopwatch.GetTimestamp() + wait,
-        new TapException(isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
+    private void EndIf(bool isTime) => _end ??= !isTime ? null
+        : Line.EndAfterAsync(wait, new TapException(isReset ? "toxic reset_peer" : "toxic timeout", isOrderly: !isReset));
 }
 
 /// <summary>Cuts in half, more or less by <paramref name="variation"/>, until a slice is no longer than average and
 /// variation together.</summary>
-internal sealed class Slicer(long average, long variation, long delay, TapLine line, Chance chance) : Tap
+internal sealed class Slicer(long average, long variation, long delay, Chance chance) : Tap
 {
-    private readonly Pace _pace = new(line);
+    private readonly Pace _pace = new();
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
@@ -7323,17 +7303,17 @@ internal sealed class Slicer(long average, long variation, long delay, TapLine l
             await WriteAsync(bytes[..half]);
             await WriteAsync(bytes[half..]);
         }
-        else if (bytes.Length > 0)
+        else
         {
             await Next.WriteAsync(bytes);
-            await _pace.WaitAsync(delay);
+            await _pace.WaitAsync(delay, Line);
         }
     }
 }
 
 /// <summary>So many bytes pass, then FIN. A moment later the connection is closed: whoever closes a socket with bytes in it
 /// that were not received resets it, and destroys what is still on its way.</summary>
-internal sealed class LimitData(long limit, TapLine line) : Tap
+internal sealed class LimitData(long limit) : Tap
 {
     private const int Linger = 1; // s
 
@@ -7342,25 +7322,19 @@ internal sealed class LimitData(long limit, TapLine line) : Tap
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
-        if (_isOver || bytes.IsEmpty)
-        {
-            return;
-        }
-
         int length = (int)Math.Min(bytes.Length, _left);
         _left -= length;
-        await Next.WriteAsync(bytes[..length]);
-        if (_left == 0)
+        await (length > 0 ? Next.WriteAsync(bytes[..length]) : default);
+        if (_left == 0 && !_isOver)
         {
             _isOver = true;
             await Next.FinishAsync();
-            line.Finish();
-            _ = line.EndAtAsync(Stopwatch.GetTimestamp() + (Linger * Stopwatch.Frequency),
-                new TapException("toxic limit_data", isOrderly: true));
+            Line.Finish();
+            _ = Line.EndAfterAsync(Linger * Stopwatch.Frequency, new TapException("toxic limit_data", isOrderly: true));
         }
     }
 
-    internal override ValueTask FinishAsync() => _isOver ? line.ForEverAsync() : Next.FinishAsync();
+    internal override ValueTask FinishAsync() => _isOver ? Line.ForEverAsync() : Next.FinishAsync();
 }
 
 // ---- filter
@@ -7499,7 +7473,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
             {
                 length = await Child.ReadAsync(child.Pipe, buffer);
                 _isHeldUp = true;
-                await Next.WriteAsync(buffer.AsMemory(0, length));
+                await (length > 0 ? Next.WriteAsync(buffer.AsMemory(0, length)) : default);
                 (_isHeldUp, _moves) = (false, _moves + 1);
             }
             finally

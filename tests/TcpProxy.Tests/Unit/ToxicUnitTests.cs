@@ -116,7 +116,7 @@ public sealed class ToxicUnitTests
         int average, int variation, long seed, long number, int place = 0, int length = 100_000)
     {
         Recorder recorder = new();
-        Slicer slicer = new(average, variation, 0, new TapLine(), new Chance(seed, number, place)) { Next = recorder };
+        Slicer slicer = new(average, variation, 0, new Chance(seed, number, place)) { Next = recorder, Line = new TapLine() };
         byte[] data = new byte[length];
         new Pattern(1).Fill(0, data);
         await slicer.WriteAsync(data);
