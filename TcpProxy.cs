@@ -2254,9 +2254,9 @@ internal sealed class Proxy : IObserved
             {
                 line.Connected(connection.Server, connection.Place?.Stats);
                 taps = route.Settings.Taps.Count == 0 ? null
-                    : new Conversation(route.Settings.Taps, route.Title, client, line.Client, connection.Socket,
-                        connection.Server, connection.Upstream!.Kind == AddressKind.Echo, route.Settings.Bridge.FinTimeout,
-                        Settings.Seed, number);
+                    : new Conversation(route.Title, line.Client, connection.Server, connection.Upstream!.Kind == AddressKind.Echo,
+                        route.Settings.Bridge.FinTimeout, Settings.Seed, number);
+                taps?.Begin(route.Settings.Taps, client, connection.Socket);
                 reason = first is null ? null : await SendFirstAsync(route, client, line, first, connection, taps);
             }
 
@@ -5859,42 +5859,39 @@ internal sealed class Delivery(Socket? target) : Tap
 }
 
 /// <summary>A connection as its taps see it. What the echo server gets passes the taps of both directions.</summary>
-internal sealed class Conversation
+internal sealed class Conversation(
+    string route, EndPoint? client, EndPoint? upstream, bool isEcho, TimeSpan finTimeout, long seed, long number)
 {
     private readonly TapLine _up = new();
     private readonly TapLine _down = new();
+    private int _toxics; // it might have met so far
 
-    internal Conversation(
-        List<TapSettings> taps, string route, Socket clientSocket, EndPoint? client, Socket? serverSocket, EndPoint? server,
-        bool isEcho, TimeSpan finTimeout, long seed, long number)
+    internal string RouteTitle { get; } = route;
+    internal EndPoint? Client { get; } = client;
+    internal EndPoint? Upstream { get; } = upstream; // null for the built-in ones
+    internal bool IsEcho { get; } = isEcho;
+    internal TimeSpan FinTimeout { get; } = finTimeout; // zero = off
+
+    /// <summary>Null where that direction has no taps.</summary>
+    internal TapLine? Up { get; private set; }
+    internal TapLine? Down { get; private set; }
+
+    internal void Begin(List<TapSettings> taps, Socket client, Socket? server)
     {
-        (RouteTitle, Client, Upstream, IsEcho) = (route, client, server, isEcho);
-        (FinTimeout, Seed, Number) = (finTimeout, seed, number);
         taps.ForEach(tap => tap.AddTo(this));
-        if (isEcho)
+        if (IsEcho)
         {
             _up.AddRange(_down);
         }
 
-        Up = _up.To(isEcho ? clientSocket : serverSocket);
-        Down = serverSocket is null ? null : _down.To(clientSocket);
+        Up = _up.To(IsEcho ? client : server);
+        Down = server is null ? null : _down.To(client);
     }
 
-    internal string RouteTitle { get; }
-    internal EndPoint? Client { get; }
-    internal EndPoint? Upstream { get; } // null for the built-in ones
-    internal bool IsEcho { get; }
-
-    internal long Seed { get; }
-    internal long Number { get; } // in its route, from 1
-    internal int Toxics { get; set; } // it might have met so far
-    internal TimeSpan FinTimeout { get; } // zero = off
-
-    /// <summary>Null where that direction has no taps.</summary>
-    internal TapLine? Up { get; }
-    internal TapLine? Down { get; }
-
     internal TapLine LineOf(bool isUp) => isUp ? _up : _down;
+
+    /// <summary>Of the next toxic. <paramref name="number"/> is the connection's in its route, from 1.</summary>
+    internal Chance NextChance() => new(seed, number, _toxics++);
 
     internal void End(CloseReason reason)
     {
@@ -7123,7 +7120,7 @@ internal sealed class ToxicSettings : TapSettings
 
     internal override void AddTo(Conversation conversation)
     {
-        Chance chance = new(conversation.Seed, conversation.Number, conversation.Toxics++);
+        Chance chance = conversation.NextChance();
         if (chance.Below(Certain) < _values[^1])
         {
             long first = _values[0];

@@ -123,7 +123,8 @@ public sealed class PacketTests
             settings.AddTo(taps, file);
             taps[0].Open(log);
             TcpProxy.Conversation conversation = new(
-                taps, "route", socket, client, null, server ?? new IPEndPoint(2, 2), isEcho: false, default, seed: 0, number: 1);
+                "route", client, server ?? new IPEndPoint(2, 2), isEcho: false, default, seed: 0, number: 1);
+            conversation.Begin(taps, socket, null);
             await converse(conversation, (CaptureTap)conversation.Up!.First);
             taps[0].Close();
             List<byte[]> packets = [];

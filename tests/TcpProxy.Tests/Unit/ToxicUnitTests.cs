@@ -107,8 +107,11 @@ public sealed class ToxicUnitTests
         using Socket client = new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
         ToxicSettings half = ToxicSettings.Parse("timeout stream=upstream toxicity=0.5");
         int toxic = Enumerable.Range(1, 10_000).Count(number =>
-            new global::TcpProxy.Conversation(
-                [half, half], "", client, null, null, null, isEcho: false, default, seed: 1, number).Up is not null);
+        {
+            global::TcpProxy.Conversation conversation = new("", null, null, isEcho: false, default, seed: 1, number);
+            conversation.Begin([half, half], client, null);
+            return conversation.Up is not null;
+        });
         Assert.InRange(toxic, 7_300, 7_700);
     }
 
