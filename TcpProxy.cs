@@ -5721,9 +5721,6 @@ internal abstract class TapSettings
 
     /// <summary>What is open for the one serves the other.</summary>
     internal virtual bool Is(TapSettings other) => other == this;
-
-    /// <summary>It has to do with that direction.</summary>
-    internal virtual bool IsOn(bool isUp) => true;
 }
 
 /// <summary>A tap ends the connection, with a FIN to both sides if <paramref name="isOrderly"/>, else with a reset.</summary>
@@ -5987,7 +5984,7 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
 // ends what was being written: there, without a hole, and never the connection.
 
 /// <summary>A file that the spool's thread opens with the first of its bytes, and closes; stdout where there is none to
-/// <paramref name="open"/>. <paramref name="say"/> tells why there is no more of it: null when the disk does nothing.</summary>
+/// <paramref name="open"/>.</summary>
 internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
 {
     private const int Ahead = 4 << 20; // bytes that a large file reserves, which makes it cheaper to write them
@@ -5998,23 +5995,17 @@ internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
     private long _reserved;
 
     /// <summary>Nothing more is added; nor written, if that has failed.</summary>
-    internal bool IsOver { get; private set; }
+    internal bool IsOver { get; set; }
     internal bool HasFailed { get; private set; }
+
+    /// <summary>Tells why there is no more of it: null when the disk does nothing.</summary>
+    internal Action<string?> Say { get; } = say;
 
     /// <summary>How much of a file is worth keeping when its last write has failed halfway; null = all.</summary>
     internal Func<FileStream, long>? Whole { get; init; }
 
     /// <summary>Bytes to the next multiple of it in the file: to write from one to the next takes half the time.</summary>
     internal int LeftOfSlice => _slice - (int)(_written % _slice);
-
-    internal void GiveUp(string? reason, bool isSaid)
-    {
-        IsOver = true;
-        if (!isSaid)
-        {
-            say(reason);
-        }
-    }
 
     internal void Open() => _stream ??= open?.Invoke();
 
@@ -6049,7 +6040,8 @@ internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
         {
             if (_stream is { CanSeek: true } && (HasFailed || _reserved > 0))
             {
-                _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length); // gives back what is reserved
+                // gives back what is reserved
+                _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length);
             }
         }
         catch (IOException)
@@ -6072,7 +6064,6 @@ internal sealed class Spool(string name)
     private const int Look = 1000; // ms between two looks at whether it gets on
     private const int Patience = 6; // looks: five seconds at least
 
-    private readonly byte[] _ring = GC.AllocateUninitializedArray<byte>(Size);
     private readonly Queue<Piece> _pieces = []; // under the gate, as all below
     private readonly Queue<(int Length, TaskCompletionSource<bool> Turn)> _waiting = [];
     private Piece? _last; // of the pieces
@@ -6084,6 +6075,7 @@ internal sealed class Spool(string name)
     private bool _isClosing;
     private bool _isFailing; // which has been said, until something is written
 
+    private byte[] _ring = [];
     private Timer? _timer; // owned, until the process ends
     private Thread? _writer;
 
@@ -6092,12 +6084,10 @@ internal sealed class Spool(string name)
 
     internal void Open()
     {
-        if (_writer is null) // several routes may have an option in common
-        {
-            _timer = new Timer(_ => LookAtWriter(), null, Look, Look);
-            _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = name };
-            _writer.Start();
-        }
+        _ring = GC.AllocateUninitializedArray<byte>(Size);
+        _timer = new Timer(_ => LookAtWriter(), null, Look, Look);
+        _writer = new Thread(Run, 128 << 10) { IsBackground = true, Name = name };
+        _writer.Start();
     }
 
     /// <summary>Waits for what is still to be written, as long as the writer gets on.</summary>
@@ -6137,7 +6127,7 @@ internal sealed class Spool(string name)
         return isGiven;
     }
 
-    /// <summary>A place for the next bytes of a file; an empty one if there is none.</summary>
+    /// <summary>A place for the next bytes of a file; an empty one if there is none. For who was promised room, there is.</summary>
     internal Span<byte> Add(SpoolFile file, int length, bool isPromised = false, bool isLast = false)
     {
         _promised -= isPromised ? length : 0;
@@ -6178,7 +6168,14 @@ internal sealed class Spool(string name)
     }
 
     /// <summary>What is added to it from now on is lost. Said once for all files, until one can be written to again.</summary>
-    internal void GiveUp(SpoolFile file, string? reason) => file.GiveUp(reason, Interlocked.Exchange(ref _isFailing, true));
+    internal void GiveUp(SpoolFile file, string? reason)
+    {
+        file.IsOver = true;
+        if (!Interlocked.Exchange(ref _isFailing, true))
+        {
+            file.Say(reason);
+        }
+    }
 
     private void LookAtWriter()
     {
@@ -6218,11 +6215,11 @@ internal sealed class Spool(string name)
         {
             while (true)
             {
+                length = 0;
                 long wait = Timeout.Infinite;
-                _pieces.TryPeek(out Piece? piece);
-                length = Math.Min(piece?.Length ?? 0, piece?.File.LeftOfSlice ?? 0);
-                if (piece is not null)
+                if (_pieces.TryPeek(out Piece? piece))
                 {
+                    length = Math.Min(piece.Length, piece.File.LeftOfSlice);
                     wait = piece.Time + Gather - Environment.TickCount64;
                     _isWriting = wait <= 0 || _used >= Enough || length == piece.File.LeftOfSlice;
                 }
@@ -6244,7 +6241,8 @@ internal sealed class Spool(string name)
         {
             (_isWriting, _looks, _isFailing) = (false, 0, _isFailing && (length == 0 || piece.File.HasFailed));
             _used -= piece.Skipped + length;
-            (piece.Start, piece.Length, piece.Skipped, piece.Time) = (piece.Start + length, piece.Length - length, 0, Environment.TickCount64);
+            (piece.Start, piece.Length, piece.Skipped) = (piece.Start + length, piece.Length - length, 0);
+            piece.Time = Environment.TickCount64;
             if (piece.Length == 0)
             {
                 _pieces.Dequeue();
@@ -6382,9 +6380,15 @@ internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : T
         for (int i = 0, length; i < bytes.Length && !recording.IsOver; i += length)
         {
             length = Math.Min(Most, bytes.Length - i);
-            if (!await spool.RoomAsync(length) || !TryAdd(file, bytes.Span.Slice(i, length)))
+            if (!await spool.RoomAsync(length))
             {
                 spool.GiveUp(file, null);
+                break;
+            }
+
+            lock (spool.Gate)
+            {
+                bytes.Span.Slice(i, length).CopyTo(spool.Add(file, length, isPromised: true));
             }
         }
 
@@ -6399,14 +6403,6 @@ internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : T
             spool.End(recording.Up);
         }
     }
-
-    private bool TryAdd(SpoolFile file, ReadOnlySpan<byte> bytes)
-    {
-        lock (spool.Gate)
-        {
-            return bytes.TryCopyTo(spool.Add(file, bytes.Length, isPromised: true));
-        }
-    }
 }
 
 // ---- pcap
@@ -6415,31 +6411,20 @@ internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : T
 // server is connected; what a pump receives at once is a packet or a few; the other side acknowledges it when those behind the
 // tap have taken it; FIN and RST come from whoever sent them to the proxy, and RST from both sides where the proxy sent it.
 
-/// <summary>The captures of the process: one a file, however many routes name it.</summary>
 internal sealed class CaptureSettings
 {
-    private readonly List<Capture> _captures = [];
-
     internal long Rotate { get; set; } // bytes in a file before there is another; 0 = off
 
     /// <exception cref="FormatException">it is no file name</exception>
     internal void AddTo(List<TapSettings> taps, string file)
     {
-        string path = file == Capture.Stdout ? file : Path.GetFullPath(Text.FileName(file));
-        Capture? capture = _captures.Find(one => one.File == path);
-        if (capture is null)
-        {
-            _captures.Add(capture = new Capture(path, this));
-        }
-
-        if (!taps.Contains(capture))
-        {
-            taps.Add(capture);
-        }
+        Capture capture = new(file == Capture.Stdout ? file : Path.GetFullPath(Text.FileName(file)), this);
+        taps.AddRange(taps.Exists(capture.Is) ? [] : [capture]);
     }
 }
 
-/// <summary>One file and those that it rotates to, or stdout. Nothing is ever left out of the middle.</summary>
+/// <summary>One file, however many routes name it, and those that it rotates to; or stdout. Nothing is ever left out of the
+/// middle.</summary>
 internal sealed class Capture(string file, CaptureSettings settings) : TapSettings
 {
     internal const string Stdout = "-";
@@ -6448,7 +6433,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     private readonly Spool _spool = new("pcap");
     private readonly List<long> _marks = []; // in the file: where a block begins; under the gate, as the next five
-    private SpoolFile? _file;
+    private SpoolFile _file = null!; // from Open on
     private long _size; // of it
     private int _files;
     private long _time; // of the last packet, in nanoseconds since 1970
@@ -6456,24 +6441,15 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     private Log? _log;
 
     internal string File { get; } = file;
-    internal bool IsOver => _file is not { IsOver: false };
+    internal bool IsOver => _file.IsOver;
 
     internal override void Open(Log log)
     {
-        if (_file is not null)
-        {
-            return; // another route was first
-        }
-
         _log = log;
-        lock (_spool.Gate)
-        {
-            Begin(File);
-        }
-
+        _file = NewFile(File);
         try
         {
-            _file!.Open();
+            _file.Open();
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -6481,16 +6457,17 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         }
 
         _spool.Open();
+        lock (_spool.Gate)
+        {
+            Begin();
+        }
     }
 
     internal override void Close()
     {
-        if (_file is not null)
-        {
-            _spool.End(_file);
-            _file.GiveUp(null, isSaid: true);
-            _spool.Close();
-        }
+        _spool.End(_file);
+        _file.IsOver = true;
+        _spool.Close();
     }
 
     internal override bool Is(TapSettings other) => other is Capture capture && capture.File == File;
@@ -6508,7 +6485,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     {
         if (!await _spool.RoomAsync(length))
         {
-            _spool.GiveUp(_file!, File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
+            _spool.GiveUp(_file, File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
         }
     }
 
@@ -6525,14 +6502,15 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             int length = from.BlockLength(bytes.Length);
             if (settings.Rotate > 0 && File != Stdout && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length)
             {
-                _spool.End(_file!);
-                Begin($"{File}{Text.Of(++_files)}");
+                _spool.End(_file);
+                _file = NewFile($"{File}{Text.Of(++_files)}");
+                Begin();
             }
 
-            Span<byte> block = _spool.Add(_file!, length, isPromised);
+            Span<byte> block = _spool.Add(_file, length, isPromised);
             if (block.IsEmpty)
             {
-                _spool.GiveUp(_file!, "it is written too slowly");
+                _spool.GiveUp(_file, "it is written too slowly");
                 return;
             }
 
@@ -6547,18 +6525,16 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         }
     }
 
-    private void Begin(string path)
+    private SpoolFile NewFile(string path) => new(
+        File == Stdout ? null : () => new(path, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0),
+        reason => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}")) { Whole = WholeBlocks };
+
+    private void Begin()
     {
         _marks.Clear();
-        _file = new SpoolFile(File == Stdout ? null : () => Create(path), Say) { Whole = WholeBlocks };
         _size = CaptureTap.FileHead().Length;
         CaptureTap.FileHead().CopyTo(_spool.Add(_file, (int)_size));
     }
-
-    private void Say(string? reason) => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}");
-
-    private static FileStream Create(string file) =>
-        new(file, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0);
 
     /// <summary>On a full disk, what is there stays legible.</summary>
     private long WholeBlocks(FileStream stream)
@@ -6794,10 +6770,10 @@ internal static class InternetChecksum
 /// <summary>Bytes to look for and what to put in their place, or null where they end the connection.</summary>
 internal sealed class MatchRule(string text, string pattern, string? replacement)
 {
-    internal string Text { get; } = text; // as it was typed
-    internal byte[] Pattern { get; } = pattern.Length > 0 ? global::TcpProxy.Text.Unescape(pattern)
+    internal string Words { get; } = text; // as it was typed
+    internal byte[] Pattern { get; } = pattern.Length > 0 ? Text.Unescape(pattern)
         : throw new FormatException($"'{text}': nothing to look for");
-    internal byte[]? Replacement { get; } = replacement is null ? null : global::TcpProxy.Text.Unescape(replacement);
+    internal byte[]? Replacement { get; } = replacement is null ? null : Text.Unescape(replacement);
 
     /// <exception cref="FormatException">it is not OLD=>NEW</exception>
     internal static MatchRule ParseReplace(string text) =>
@@ -6806,10 +6782,11 @@ internal sealed class MatchRule(string text, string pattern, string? replacement
 }
 
 /// <summary>The rules of one kind that follow each other in a direction: they are one tap, and cost one pass.</summary>
-internal sealed class MatchSettings(bool isUp, params MatchRule[] rules) : TapSettings
+internal sealed class MatchSettings(bool isUp, MatchRule[] rules) : TapSettings
 {
     private const int Largest = 16 << 10; // bytes of all patterns of a tap, which makes 32 MB of nodes
 
+    private readonly bool _isUp = isUp;
     private readonly MatchRule[] _rules = rules;
     private Matcher? _matcher;
 
@@ -6818,30 +6795,23 @@ internal sealed class MatchSettings(bool isUp, params MatchRule[] rules) : TapSe
     /// <summary>Into a list whose settings other routes may share: they stay as they are.</summary>
     internal static void Add(List<TapSettings> taps, bool isUp, MatchRule rule)
     {
-        int last = taps.FindLastIndex(tap => tap.IsOn(isUp));
-        if (last >= 0 && taps[last] is MatchSettings same && same._rules[0].Replacement is null == rule.Replacement is null)
+        MatchRule[] rules = [rule];
+        if (taps.FindLast(tap => tap is not MatchSettings other || other._isUp == isUp) is MatchSettings last
+            && last._rules[0].Replacement is null == rule.Replacement is null)
         {
-            taps[last] = new MatchSettings(isUp, [.. same._rules, rule]);
-        }
-        else
-        {
-            taps.Add(new MatchSettings(isUp, rule));
-            last = taps.Count - 1;
+            rules = [.. last._rules, rule];
+            taps.Remove(last);
         }
 
         int size = 0;
-        Array.ForEach(((MatchSettings)taps[last])._rules, one => size += one.Pattern.Length);
-        if (size > Largest)
-        {
-            throw new FormatException($"the patterns together have {size} bytes; they may have {Largest}");
-        }
+        Array.ForEach(rules, one => size += one.Pattern.Length);
+        taps.Add(size <= Largest ? new MatchSettings(isUp, rules)
+            : throw new FormatException($"the patterns together have {size} bytes; they may have {Largest}"));
     }
 
-    internal override bool IsOn(bool up) => up == isUp;
+    internal override void Open(Log log) => _matcher = new Matcher(Array.ConvertAll(_rules, rule => rule.Pattern));
 
-    internal override void Open(Log log) => _matcher ??= new Matcher(Array.ConvertAll(_rules, rule => rule.Pattern));
-
-    internal override void AddTo(Conversation conversation) => conversation.LineOf(isUp).Add(new MatchTap(_matcher!, _rules));
+    internal override void AddTo(Conversation conversation) => conversation.LineOf(_isUp).Add(new MatchTap(_matcher!, _rules));
 }
 
 /// <summary>A state of a Matcher: bytes that have come and may yet become a match. They are the beginning of a pattern, so
@@ -7022,7 +6992,7 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
             byte[]? replacement = rules[pattern].Replacement;
             await AddAsync(bytes[done..Math.Max(done, start)], isFlush: replacement is null);
             await AddAsync(replacement
-                ?? throw new TapException($"blocked by '{rules[pattern].Text}' at byte {_offset + start}"));
+                ?? throw new TapException($"blocked by '{rules[pattern].Words}' at byte {_offset + start}"));
             done = at;
         }
 

@@ -50,7 +50,7 @@ public sealed class MatchTests
 
             if (!expected.SequenceEqual(sink.Bytes.ToArray()))
             {
-                Assert.Fail($"case {i}: {string.Join(", ", rules.Select(rule => rule.Text))}: "
+                Assert.Fail($"case {i}: {string.Join(", ", rules.Select(rule => rule.Words))}: "
                     + $"{Typed(sink.Bytes.ToArray())} instead of {Typed([.. expected])}");
             }
         }

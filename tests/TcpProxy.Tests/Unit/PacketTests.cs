@@ -105,7 +105,7 @@ public sealed class PacketTests
         settings.AddTo(first, "./a");
         settings.AddTo(second, Path.GetFullPath("a"));
         settings.AddTo(second, "-");
-        Assert.Same(Assert.Single(first), second[0]);
+        Assert.True(Assert.Single(first).Is(second[0]));
         Assert.Equal(2, second.Count);
     }
 
