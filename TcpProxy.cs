@@ -7386,7 +7386,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
     {
         Child child = await _start.WaitAsync(Line.Ending);
         _isFinishing = true;
-        await child.CloseInputAsync();
+        SocketOptions.ShutDown(child.Pipe, SocketShutdown.Send);
         TimeSpan patience = about.FinTimeout > TimeSpan.Zero ? about.FinTimeout : Timeout.InfiniteTimeSpan;
         int seen;
         do
@@ -7807,14 +7807,12 @@ internal static class ServerName
         const int Longest = 253; // characters: RFC 1035, 2.3.4, as text
         bool isName = name.Length is > 0 and <= Longest && name[0] != '.' && name[^1] != '.'
             && !name.Contains("..", StringComparison.Ordinal);
-        char[] letters = name.ToCharArray();
-        for (int i = 0; i < letters.Length; i++)
+        foreach (char c in name)
         {
-            isName &= char.IsAsciiLetterOrDigit(letters[i]) || letters[i] is '-' or '.' or '_';
-            letters[i] |= char.IsAsciiLetterUpper(letters[i]) ? ' ' : '\0';
+            isName &= char.IsAsciiLetterOrDigit(c) || c is '-' or '.' or '_';
         }
 
-        return isName ? new string(letters) : null;
+        return isName ? name.ToLowerInvariant() : null;
     }
 
     /// <summary>NAME[,NAME...], each of which may be *.NAME.</summary>
@@ -11004,12 +11002,6 @@ internal sealed class Child
 
     internal static ValueTask<int> ReadAsync(Socket socket, Memory<byte> bytes) =>
         TryAsync(() => socket.ReceiveAsync(bytes, SocketFlags.None));
-
-    internal ValueTask<int> CloseInputAsync() => TryAsync(() =>
-    {
-        Pipe.Shutdown(SocketShutdown.Send);
-        return default;
-    });
 
     /// <summary>Its output has ended: how it ends itself, in words; null is well.</summary>
     internal async Task<string?> EndAsync()
