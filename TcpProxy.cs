@@ -5887,7 +5887,7 @@ internal sealed class Conversation(
 
     internal TapLine LineOf(bool isUp) => isUp ? _up : _down;
 
-    /// <summary>Of the next toxic. <paramref name="number"/> is the connection's in its route, from 1.</summary>
+    /// <summary>Of the next toxic.</summary>
     internal Chance NextChance() => new(seed, number, _toxics++);
 
     internal void End(CloseReason reason)
@@ -6127,7 +6127,7 @@ internal sealed class Spool(string name)
         return isGiven;
     }
 
-    /// <summary>A place for the next bytes of a file; an empty one if there is none. For who was promised room, there is.</summary>
+    /// <summary>A place for the next bytes of a file; an empty one if there is none, but to whom it is promised.</summary>
     internal Span<byte> Add(SpoolFile file, int length, bool isPromised = false, bool isLast = false)
     {
         _promised -= isPromised ? length : 0;
@@ -6310,7 +6310,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
         conversation.LineOf(isUp: false).Add(new RecordTap(_spool, recording, isUp: false));
     }
 
-    /// <summary>One whose ds file is not there. Numbers only grow: of many in one second, none searches long for its own.</summary>
+    /// <summary>One whose ds file is not there. Numbers only grow: of many in a second, none searches long for its own.</summary>
     internal string FreeName(string name)
     {
         string free = name;
@@ -6339,8 +6339,7 @@ internal sealed class Recording
     internal Recording(RecordSettings settings, Conversation about)
     {
         (_settings, _about) = (settings, about);
-        string address = about.Client is not IPEndPoint { Address: var ip } ? "unix" // no path, which anybody may choose, and no zone
-            : (ip.IsIPv4MappedToIPv6 ? ip.MapToIPv4() : new IPAddress(ip.GetAddressBytes())).ToString().Replace(':', '-');
+        string address = Address.Of(about.Client)?.ToString().Replace(':', '-') ?? "unix"; // no path, which anybody may choose
         _name = $"{address}_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
         (Down, Up) = (new SpoolFile(() => Create("ds"), Say), new SpoolFile(() => Create("us"), Say));
     }
@@ -6577,7 +6576,6 @@ internal sealed class CaptureTap : Tap
     private readonly int _ip; // bytes of it
     private readonly ulong _sum; // of the pseudo-header, but for the length
     private CaptureTap _peer = null!;
-    private bool _hasEnded;
 
     // under the capture's gate
     private uint _sequence; // number of the next byte
@@ -6638,12 +6636,10 @@ internal sealed class CaptureTap : Tap
         _capture.Add(_peer, Ack);
     }
 
-    /// <summary>Called for each side; the first call speaks for both.</summary>
     internal override void End(CloseReason reason)
     {
-        foreach (CaptureTap side in _hasEnded ? [] : (CaptureTap[])[this, _peer])
+        foreach (CaptureTap side in _isUp ? (CaptureTap[])[this, _peer] : []) // one speaks for both
         {
-            side._hasEnded = true;
             if (reason.IsOrderly && !side._hasFinished)
             {
                 _capture.Add(side, Fin | Ack);
@@ -6683,7 +6679,8 @@ internal sealed class CaptureTap : Tap
         BinaryPrimitives.WriteUInt32BigEndian(segment[4..], _sequence);
         BinaryPrimitives.WriteUInt32BigEndian(segment[8..], (flags & Ack) != 0 ? _peer._sequence : 0);
         (segment[12], segment[13]) = ((byte)((isSyn ? TcpHead + bytes.Length : TcpHead) << 2), (byte)flags);
-        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment[..TcpHead], sum + InternetChecksum.Number(segment.Length)));
+        sum += InternetChecksum.Number(segment.Length);
+        MemoryMarshal.Write(segment[16..], InternetChecksum.Of(segment[..TcpHead], sum));
         if (packet[0] == 0x45)
         {
             BinaryPrimitives.WriteUInt16BigEndian(packet[2..], (ushort)length);
@@ -6740,7 +6737,7 @@ internal static class InternetChecksum
         return sum;
     }
 
-    /// <summary>The same, copied on the way: at most 1 MB, of which no word of 32 bits can overflow with halves of words.</summary>
+    /// <summary>The same, copied on the way: at most 1 MB, whose halves of words no word of 32 bits can overflow with.</summary>
     internal static ulong Copy(ReadOnlySpan<byte> from, Span<byte> to)
     {
         ReadOnlySpan<Vector<uint>> source = MemoryMarshal.Cast<byte, Vector<uint>>(from);
@@ -7584,7 +7581,7 @@ internal static class ProxyHeader
     /// <summary>Null when it is not written as inet_ntop(3) would.</summary>
     private static IPEndPoint? Read(string address, string port, string family) =>
         address.AsSpan().IndexOfAny('%', '[', '/') < 0 && IPAddress.TryParse(address, out IPAddress? ip)
-            && (ip.AddressFamily == AddressFamily.InterNetworkV6 ? family == "TCP6" : family == "TCP4" && ip.ToString() == address)
+            && family == (ip.AddressFamily == AddressFamily.InterNetworkV6 ? "TCP6" : ip.ToString() == address ? "TCP4" : "")
             && Text.IsDigits(port) && port.Length <= 5 && (port[0] != '0' || port.Length == 1)
             && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
             ? new IPEndPoint(ip, number) : null;
@@ -7672,7 +7669,7 @@ internal static class ProxyHeader
     /// of two families are both written as IPv6, in version 1 as UNKNOWN.</summary>
     internal static int Write(Span<byte> to, ProxyVersion version, EndPoint? source, EndPoint? destination)
     {
-        (IPAddress? from, IPAddress? at) = (Plain(source), Plain(destination));
+        (IPAddress? from, IPAddress? at) = (Address.Of(source), Address.Of(destination));
         (int fromPort, int atPort) = ((source as IPEndPoint)?.Port ?? 0, (destination as IPEndPoint)?.Port ?? 0);
         bool isIp = from is not null && at is not null;
         bool isSame = isIp && from!.AddressFamily == at!.AddressFamily;
@@ -7705,9 +7702,6 @@ internal static class ProxyHeader
         }
 
         return Fixed + size;
-
-        static IPAddress? Plain(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: IPAddress address } ? null
-            : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes()); // without a scope
 
         static void WritePath(EndPoint endPoint, Span<byte> to)
         {
@@ -11357,6 +11351,10 @@ internal abstract class Address(string text, AddressKind kind, string host, int 
     internal const int HighestPort = 65535;
 
     internal static int LongestPath => OperatingSystem.IsMacOS() ? 103 : 107; // bytes: sun_path of unix(7), without its NUL
+
+    /// <summary>IPv4 without the IPv6 around it, IPv6 without a scope; null where there is neither.</summary>
+    internal static IPAddress? Of(EndPoint? endPoint) => endPoint is not IPEndPoint { Address: var address } ? null
+        : address.IsIPv4MappedToIPv6 ? address.MapToIPv4() : new IPAddress(address.GetAddressBytes());
 
     internal string Text { get; } = text; // as it was written
     internal AddressKind Kind { get; } = kind;
