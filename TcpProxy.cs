@@ -6139,7 +6139,7 @@ internal sealed class Spool(string name)
         }
 
         _end = isOver ? 0 : _end;
-        if (_last?.File != file || isOver)
+        if (_pieces.Count == 0 || _last!.File != file || isOver)
         {
             _pieces.Enqueue(_last = new Piece { File = file, Start = _end, Skipped = skipped });
         }
@@ -6246,7 +6246,6 @@ internal sealed class Spool(string name)
             if (piece.Length == 0)
             {
                 _pieces.Dequeue();
-                _last = _last == piece ? null : _last;
             }
 
             _end = _used == 0 ? 0 : _end; // what is not used often stays in the processor's cache
@@ -6332,23 +6331,22 @@ internal sealed class RecordSettings(string folder) : TapSettings
 internal sealed class Recording
 {
     private readonly RecordSettings _settings;
-    private readonly Conversation _about;
     private string _name;
     private bool _isNamed;
 
     internal Recording(RecordSettings settings, Conversation about)
     {
-        (_settings, _about) = (settings, about);
+        _settings = settings;
         string address = Address.Of(about.Client)?.ToString().Replace(':', '-') ?? "unix"; // no path, which anybody may choose
         _name = $"{address}_{string.Concat(Text.Of(DateTime.UtcNow)[..19].Split('-', 'T', ':'))}";
         (Down, Up) = (new SpoolFile(() => Create("ds"), Say), new SpoolFile(() => Create("us"), Say));
+
+        void Say(string? reason) => settings.Say(about, reason);
     }
 
     internal SpoolFile Down { get; }
     internal SpoolFile Up { get; }
     internal bool IsOver => Down.IsOver || Up.IsOver;
-
-    private void Say(string? reason) => _settings.Say(_about, reason);
 
     /// <summary>Never over a file that is there. With the first of them comes the other, empty.</summary>
     private FileStream Create(string side)
@@ -6526,7 +6524,10 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     private SpoolFile NewFile(string path) => new(
         File == Stdout ? null : () => new(path, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0),
-        reason => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}")) { Whole = WholeBlocks };
+        reason => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}"))
+    {
+        Whole = WholeBlocks,
+    };
 
     private void Begin()
     {
