@@ -6728,14 +6728,14 @@ internal static class InternetChecksum
     internal static ulong Sum(ReadOnlySpan<byte> bytes)
     {
         ulong sum = 0;
-        for (; bytes.Length > 0; bytes = bytes[Math.Min(4, bytes.Length)..])
+        foreach (uint word in MemoryMarshal.Cast<byte, uint>(bytes))
         {
-            uint word = 0;
-            bytes[..Math.Min(4, bytes.Length)].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref word)));
             sum += word;
         }
 
-        return sum;
+        uint last = 0;
+        bytes[(bytes.Length & ~3)..].CopyTo(MemoryMarshal.AsBytes(new Span<uint>(ref last)));
+        return sum + last;
     }
 
     /// <summary>The same, copied on the way: at most 1 MB, whose halves of words no word of 32 bits can overflow with.</summary>
@@ -7545,8 +7545,7 @@ internal static class ProxyHeader
     private static ReadOnlySpan<byte> SignatureV2 => "\r\n\r\n\0\r\nQUIT\n"u8;
 
     /// <summary>Both addresses stay null where the sender does not say: those of the connection are the client's.</summary>
-    internal static int Parse(
-        ReadOnlySpan<byte> bytes, out EndPoint? source, out EndPoint? destination, out string? wrong)
+    internal static int Parse(ReadOnlySpan<byte> bytes, out EndPoint? source, out EndPoint? destination, out string? wrong)
     {
         (source, destination, wrong) = (null, null, null);
         bool isV2 = bytes.CommonPrefixLength(SignatureV2) == Math.Min(bytes.Length, SignatureV2.Length);
@@ -7556,8 +7555,7 @@ internal static class ProxyHeader
             : isV1 ? ParseV1(bytes[..Math.Min(bytes.Length, LongestV1)], ref source, ref destination, out wrong) : 0;
     }
 
-    private static int ParseV1(
-        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    private static int ParseV1(ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
     {
         int end = bytes.IndexOfAny((byte)'\r', (byte)'\n');
         bool isCut = end < 0 || (end == bytes.Length - 1 && bytes[end] == '\r');
@@ -7587,8 +7585,7 @@ internal static class ProxyHeader
             && int.Parse(port, CultureInfo.InvariantCulture) is int number and <= Address.HighestPort
             ? new IPEndPoint(ip, number) : null;
 
-    private static int ParseV2(
-        ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
+    private static int ParseV2(ReadOnlySpan<byte> bytes, ref EndPoint? source, ref EndPoint? destination, out string? wrong)
     {
         bool isLocal = bytes[12] == Local; // then what follows is of no meaning
         int family = bytes[13];
