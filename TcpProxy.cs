@@ -6221,7 +6221,7 @@ internal sealed class Spool(string name)
                 {
                     length = Math.Min(piece.Length, piece.File.LeftOfSlice);
                     wait = piece.Time + Gather - Environment.TickCount64;
-                    _isWriting = wait <= 0 || _used >= Enough || length == piece.File.LeftOfSlice;
+                    _isWriting = _isClosing || wait <= 0 || _used >= Enough || length == piece.File.LeftOfSlice;
                 }
 
                 if (_isWriting || _isClosing)
