@@ -5763,10 +5763,14 @@ internal sealed class TapLine
     private readonly CancellationTokenSource _ending = new();
     private readonly List<Tap> _taps = [];
     private Delivery? _delivery;
-    private Action<Exception> _failed = _ => { };
-    private Action _finished = () => { };
 
     internal Tap First => _taps[0];
+
+    /// <summary>What a tap did in its own time has failed.</summary>
+    internal Action<Exception> Fail { get; private set; } = _ => { };
+
+    /// <summary>A tap lets nothing more through: the target gets its FIN before the source has finished.</summary>
+    internal Action Finish { get; private set; } = () => { };
 
     /// <summary>What its client said before there was a bridge.</summary>
     internal byte[] Spoken { get; set; } = [];
@@ -5797,12 +5801,9 @@ internal sealed class TapLine
 
     internal void Start(Action<Exception> failed, Action finished)
     {
-        (_failed, _finished) = (failed, finished);
+        (Fail, Finish) = (failed, finished);
         _taps.ForEach(tap => tap.Start());
     }
-
-    /// <summary>What a tap did in its own time has failed.</summary>
-    internal void Fail(Exception error) => _failed(error);
 
     /// <summary>Waits until <see cref="Stopwatch"/> says so: never less, up to 5 ms more as timers are.</summary>
     internal async ValueTask UntilAsync(long time)
@@ -5825,9 +5826,6 @@ internal sealed class TapLine
 
     /// <summary>Until the end of the connection.</summary>
     internal ValueTask ForEverAsync() => new(Task.Delay(Timeout.Infinite, Ending));
-
-    /// <summary>A tap lets nothing more through: the target gets its FIN before the source has finished.</summary>
-    internal void Finish() => _finished();
 
     internal void Cancel() => _ending.Cancel();
 
