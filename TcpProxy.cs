@@ -6783,19 +6783,18 @@ internal sealed class MatchSettings(bool isUp, MatchRule[] rules) : TapSettings
     private const int Largest = 16 << 10; // bytes of all patterns of a tap, which makes 32 MB of nodes
 
     private readonly bool _isUp = isUp;
-    private readonly MatchRule[] _rules = rules;
     private Matcher? _matcher;
 
-    internal int Rules => _rules.Length;
+    internal MatchRule[] Rules { get; } = rules;
 
     /// <summary>Into a list whose settings other routes may share: they stay as they are.</summary>
     internal static void Add(List<TapSettings> taps, bool isUp, MatchRule rule)
     {
         MatchRule[] rules = [rule];
         if (taps.FindLast(tap => tap is not MatchSettings other || other._isUp == isUp) is MatchSettings last
-            && last._rules[0].Replacement is null == rule.Replacement is null)
+            && last.Rules[0].Replacement is null == rule.Replacement is null)
         {
-            rules = [.. last._rules, rule];
+            rules = [.. last.Rules, rule];
             taps.Remove(last);
         }
 
@@ -6805,9 +6804,9 @@ internal sealed class MatchSettings(bool isUp, MatchRule[] rules) : TapSettings
             : throw new FormatException($"the patterns together have {size} bytes; they may have {Largest}"));
     }
 
-    internal override void Open(Log log) => _matcher = new Matcher(Array.ConvertAll(_rules, rule => rule.Pattern));
+    internal override void Open(Log log) => _matcher = new Matcher(Array.ConvertAll(Rules, rule => rule.Pattern));
 
-    internal override void AddTo(Conversation conversation) => conversation.LineOf(_isUp).Add(new MatchTap(_matcher!, _rules));
+    internal override void AddTo(Conversation conversation) => conversation.LineOf(_isUp).Add(new MatchTap(_matcher!, Rules));
 }
 
 /// <summary>A state of a Matcher: bytes that have come and may yet become a match. They are the beginning of a pattern, so
