@@ -146,8 +146,9 @@ internal static class Program
         }
         catch (Exception e) when (e is FormatException or IOException)
         {
+            string priority = StandardStream.IsJournal ? "<3>" : "";
             StandardStream.TryWrite(
-                StandardStream.Error, Encoding.UTF8.GetBytes($"tcpproxy: error: {Text.Escape(e.Message)}\n"));
+                StandardStream.Error, Encoding.UTF8.GetBytes($"{priority}tcpproxy: error: {Text.Escape(e.Message)}\n"));
             return e is FormatException ? ExitStatus.Usage : ExitStatus.Failed;
         }
     }
@@ -9311,7 +9312,7 @@ internal sealed class HaproxyLine(RouteStats route, Func<int> count) : Connectio
 }
 
 /// <summary>Lines as bytes: logfmt, alone or in messages of RFC 5424, or JSON with the same keys.</summary>
-internal sealed class LogText(LogFormat format)
+internal sealed class LogText(LogFormat format, bool isJournal = false)
 {
     private const int Daemon = 3; // the facility
     private static readonly string Sender = $"{HostName(Environment.MachineName)} tcpproxy {Environment.ProcessId}";
@@ -9341,9 +9342,10 @@ internal sealed class LogText(LogFormat format)
             LogLevel.Warn => ("warn", 4),
             _ => ("error", 3),
         };
-        Append(format == LogFormat.Syslog ? $"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - " : "");
+        Append(format == LogFormat.Syslog ? $"<{(8 * Daemon) + severity}>1 {Text.Of(time)} {Sender} {name} - "
+            : isJournal ? $"<{severity}>" : "");
         Begin();
-        if (format != LogFormat.Syslog)
+        if (_isJson || (format != LogFormat.Syslog && !isJournal)) // the others' readers are told once
         {
             Add("time", Text.Of(time));
             Add("level", word);
@@ -9569,7 +9571,7 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format);
+        LogText text = new(_settings.Format, _settings is { File: null, Socket: null } && StandardStream.IsJournal);
         List<LogLine> lines = [];
         while (Take(lines))
         {
@@ -10440,6 +10442,10 @@ internal static class StandardStream
         if ((Libc.Fcntl(stream, Libc.GetDescriptorFlags) & Libc.CloseOnExec) != 0)
         {
             return false;
+    /// <summary>stderr is systemd's journal (systemd.exec(5)), which knows the time and takes a priority in front of a line.</summary>
+    internal static bool IsJournal => Environment.GetEnvironmentVariable("JOURNAL_STREAM")?.Split(':') is [_, { } inode]
+        && new FileInfo("/proc/self/fd/2").LinkTarget == $"socket:[{inode}]";
+
         }
 
         while (bytes.Length > 0)

@@ -238,6 +238,28 @@ public sealed class LogTests : EndToEndTest
         Assert.StartsWith($"tcpproxy|{proxy.Id}|connection|daemon.info|event=connection route=127.0.0.1:0 ", line, StringComparison.Ordinal);
     }
 
+    /// <summary>systemd sets JOURNAL_STREAM to the device and inode of the socket that is stdout and stderr.</summary>
+    [Theory(Timeout = Quick)]
+    [InlineData("text", "listening", "^<6>event=listening route=")]
+    [InlineData("json", "listening", "^<6>{\"time\":\"[^\"]*\",\"level\":\"info\",\"event\":\"listening\"")]
+    [InlineData("text", "error", "^<3>tcpproxy: error: ")]
+    public async Task The_journal_gets_priorities_and_no_second_time(string format, string word, string pattern)
+    {
+        string socat = Tool.Need("socat", "socat");
+        string arguments = word == "error" ? "127.0.0.1:0 echo --nonsense" : $"127.0.0.1:0 echo --log {format}";
+        string script = Given.Write("script", $"""
+            inode=$(readlink /proc/self/fd/2 | tr -cd 0-9)
+            JOURNAL_STREAM=8:$inode timeout 1 {ProxyProcess.Binary} {arguments}
+            JOURNAL_STREAM=8:1$inode timeout 1 {ProxyProcess.Binary} {arguments}
+
+            """);
+        string[] lines = [.. (await Tool.Run(socat, "-u", $"EXEC:sh {script},stderr", "STDOUT")).Out.Split('\n')
+            .Where(l => l.Contains(word, StringComparison.Ordinal))];
+        Assert.Equal(2, lines.Length);
+        Assert.Matches(pattern, lines[0]);
+        Assert.DoesNotMatch("^<", lines[1]); // somebody else's socket
+    }
+
     // ---- what clients send
 
     [Theory(Timeout = Quick)]
