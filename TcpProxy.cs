@@ -1385,7 +1385,7 @@ internal static class ServiceText
         Add("Restart=", settings.Once ? "no" : "on-failure");
         Add("WatchdogSec=", "30s");
         Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
-            : $"{Text.Of((long)settings.DrainTimeout.TotalSeconds + 5)}s");
+            : $"{Text.Of((long)(settings.DrainTimeout + Supervisor.Spare).TotalSeconds)}s");
         Add("LimitNOFILE=", Text.Of(Descriptors));
         Add("DynamicUser=", user.Length == 0 ? "yes" : null);
         Add("User=", user.Length > 0 ? user[0] : null);
@@ -1801,7 +1801,7 @@ internal sealed class Proxy : IObserved
     internal Proxy(Settings settings, Account? account, Func<Settings, Settings> read)
     {
         (Settings, _account, _read) = (settings, account, read);
-        _supervisor = new Supervisor(() => $"{Text.Count(_routes.Count, "route")}, "
+        _supervisor = new Supervisor(() => $"{(IsDraining ? "draining" : Text.Count(_routes.Count, "route"))}, "
             + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
         _onceFailed = settings.Once; // until its connection has ended well
         Log = new Log(settings.Log);
@@ -1847,7 +1847,7 @@ internal sealed class Proxy : IObserved
             }
             _supervisor.Ready();
             await _stopping.Task;
-            _supervisor.Stopping();
+            _supervisor.Stopping(Settings.DrainTimeout);
             await DrainAsync();
         }
         finally
@@ -8893,6 +8893,9 @@ internal static class ControlClient
 /// may hang without that.</summary>
 internal sealed class Supervisor : Watched
 {
+    /// <summary>For what follows the end of the last connection.</summary>
+    internal static readonly TimeSpan Spare = TimeSpan.FromSeconds(5);
+
     private const int StatusPause = 5000; // ms at least between two of them
 
     private readonly string? _path; // null = nobody wants to know
@@ -8945,11 +8948,13 @@ internal sealed class Supervisor : Watched
     internal void Reloading() =>
         Tell($"RELOADING=1\nMONOTONIC_USEC={Text.Of((long)Stopwatch.GetElapsedTime(0).TotalMicroseconds)}");
 
-    internal void Stopping() => Tell("STOPPING=1\nSTATUS=draining");
+    /// <summary>That takes so long at most, whatever the file had said when the unit was written.</summary>
+    internal void Stopping(TimeSpan patience) => Tell($"STOPPING=1\nSTATUS={_told = _status()}"
+        + (patience > TimeSpan.Zero ? $"\nEXTEND_TIMEOUT_USEC={Text.Of((long)(patience + Spare).TotalMicroseconds)}" : ""));
 
     internal override bool Check(long now)
     {
-        if (now >= _statusDue)
+        if (now >= _statusDue && _told.Length > 0) // what a start is about to do is no state yet
         {
             _statusDue = now + StatusPause;
             string status = _status();

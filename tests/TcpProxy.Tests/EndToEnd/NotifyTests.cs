@@ -84,6 +84,28 @@ public sealed class NotifyTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task While_it_drains_the_status_says_so()
+    {
+        Manager manager = new(Given);
+        ProxyProcess proxy = await Given.Proxy(manager.Launch(), "127.0.0.1:0", "echo", "--drain-timeout", "2m");
+        Peer[] clients = [await Given.Client(proxy), await Given.Client(proxy)];
+        foreach (Peer client in clients)
+        {
+            await client.Ask("hello");
+        }
+
+        proxy.Signal(ProxyProcess.SigTerm);
+        Assert.Equal(
+            ["STOPPING=1", "STATUS=draining, 2 connections", "EXTEND_TIMEOUT_USEC=125000000"],
+            (await manager.Next("STOPPING=1")).Split('\n'));
+        clients[0].Dispose();
+        await manager.Next("STATUS=draining, 1 connection");
+        clients[1].Finish();
+        await clients[1].ExpectEnd();
+        Assert.Equal(0, await proxy.Exit());
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task The_watchdog_is_fed_twice_in_its_time()
     {
         Manager manager = new(Given);
