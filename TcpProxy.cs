@@ -1364,25 +1364,32 @@ internal static class ServiceText
         choices.ForEach(choice => written.AddRange(Written(choice)));
         settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
         List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
+        settings.Routes.ForEach(route => paths.AddRange(
+            route.Upstreams.FindAll(server => server.Kind == AddressKind.Unix).ConvertAll(server => server.Address.Host)));
         string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
         paths = paths.ConvertAll(Path.GetFullPath);
         paths.AddRange([program, folder ?? program]);
-        bool isPrivileged = settings.Routes.Exists(route => route.Listen!.IsPrivileged);
+        bool isPrivileged = settings.Stats?.IsPrivileged == true || settings.Routes.Exists(route => route.Listen!.IsPrivileged);
         bool isUnix = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
         bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
         bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
         string[] user = settings.User?.Split(':') ?? [];
+        string command = string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
+            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]);
         StringBuilder unit = new();
         Add("# /etc/systemd/system/tcpproxy.service\n[Unit]\nDescription=", "TCP proxy");
         Add("Wants=", "network-online.target");
         Add("After=", isPassed ? "network-online.target tcpproxy.socket" : "network-online.target");
         Add("Requires=", isPassed ? "tcpproxy.socket" : null);
+        Add("StartLimitIntervalSec=", settings.Once ? null : "0"); // or five starts in vain were the last
         Add("\n[Service]\nType=", "notify");
-        Add("ExecStart=", string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
-            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]));
+        Add("ExecStart=", command);
+        Add("ExecReload=", settings.ConfigFile is null ? null : $"{command} --check-config"); // systemctl says when it is wrong
         Add("ExecReload=", "/bin/kill -HUP $MAINPID");
         Add("WorkingDirectory=", folder?.Replace("%", "%%", StringComparison.Ordinal));
         Add("Restart=", settings.Once ? "no" : "on-failure");
+        Add("RestartSec=", settings.Once ? null : "1s");
+        Add("RestartPreventExitStatus=", settings.Once ? null : Text.Of(ExitStatus.Usage));
         Add("WatchdogSec=", "30s");
         Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
             : $"{Text.Of((long)(settings.DrainTimeout + Supervisor.Spare).TotalSeconds)}s");
@@ -1396,7 +1403,9 @@ internal static class ServiceText
         AddFolders();
         Add("ProtectSystem=", "strict");
         Add("ProtectHome=", IsBelow("/home", "/root", "/run/user") ? "read-only" : "yes");
-        Add("PrivateTmp=", IsBelow("/tmp", "/var/tmp") ? "no" : "yes");
+        bool isTemporary = IsBelow("/tmp", "/var/tmp");
+        Add("PrivateTmp=", isTemporary ? "no" : "yes");
+        Add("BindPaths=", isTemporary && user.Length == 0 ? "/tmp /var/tmp" : null); // DynamicUser means PrivateTmp=yes
         Add("""
             NoNewPrivileges=yes
             PrivateDevices=yes
@@ -10435,6 +10444,10 @@ internal static class StandardStream
 
     private static readonly Stream?[] Files = new Stream?[Error + 1]; // never closed
 
+    /// <summary>stderr is systemd's journal (systemd.exec(5)), which knows the time and takes a priority in front of a line.</summary>
+    internal static bool IsJournal => Environment.GetEnvironmentVariable("JOURNAL_STREAM")?.Split(':') is [_, { } inode]
+        && new FileInfo("/proc/self/fd/2").LinkTarget == $"socket:[{inode}]";
+
     /// <summary>False when nobody reads it, or its disk is full.</summary>
     internal static bool TryWrite(int stream, ReadOnlySpan<byte> bytes)
     {
@@ -10447,10 +10460,6 @@ internal static class StandardStream
         if ((Libc.Fcntl(stream, Libc.GetDescriptorFlags) & Libc.CloseOnExec) != 0)
         {
             return false;
-    /// <summary>stderr is systemd's journal (systemd.exec(5)), which knows the time and takes a priority in front of a line.</summary>
-    internal static bool IsJournal => Environment.GetEnvironmentVariable("JOURNAL_STREAM")?.Split(':') is [_, { } inode]
-        && new FileInfo("/proc/self/fd/2").LinkTarget == $"socket:[{inode}]";
-
         }
 
         while (bytes.Length > 0)

@@ -42,6 +42,16 @@ public sealed class InstallServiceTests : EndToEndTest
         Assert.DoesNotContain("DynamicUser", low, StringComparison.Ordinal);
         Assert.Contains("\nTimeoutStopSec=125s\n", low, StringComparison.Ordinal);
 
+        Assert.Contains("\nAmbientCapabilities=CAP_NET_BIND_SERVICE\n",
+            File.ReadAllText(await Unit("127.0.0.1:8080", "echo", "--stats", "81")), StringComparison.Ordinal);
+
+        // DynamicUser makes /tmp private whatever PrivateTmp says
+        foreach (string[] words in new string[][] { ["unix:/tmp/front", "echo"], ["127.0.0.1:8080", "unix:/tmp/mysql.sock"] })
+        {
+            string temporary = File.ReadAllText(await Unit(words));
+            Assert.Contains("\nPrivateTmp=no\nBindPaths=/tmp /var/tmp\n", temporary, StringComparison.Ordinal);
+        }
+
         string activated = File.ReadAllText(await Unit("fd:web", "echo", "--drain-timeout", "off"));
         Assert.Contains("\nRequires=tcpproxy.socket\n", activated, StringComparison.Ordinal);
         Assert.Contains("\nTimeoutStopSec=infinity\n", activated, StringComparison.Ordinal);
@@ -55,6 +65,9 @@ public sealed class InstallServiceTests : EndToEndTest
         Assert.Contains($"\nWorkingDirectory={Given.Folder}\n", relative, StringComparison.Ordinal);
         Assert.Contains($"\nReadWritePaths=-{Given.Folder}\n", relative, StringComparison.Ordinal);
         Assert.Contains("\nPrivateTmp=no\n", relative, StringComparison.Ordinal);
+        Assert.Contains(
+            $"\nExecReload={ProxyProcess.Binary} -c a.conf --check-config\nExecReload=/bin/kill -HUP $MAINPID\n",
+            relative, StringComparison.Ordinal);
     }
 
     [Fact(Timeout = Quick)]
