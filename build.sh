@@ -310,7 +310,7 @@ image() { # RID...
     done
     index='{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[%s]}'
     printf "$index" "$manifests" >"$oci/all"
-    printf "$index" "$(blob "$oci/all" index.v1+json),\"annotations\":{\"org.opencontainers.image.ref.name\":\"$version\"}}" >"$oci/index.json"
+    printf "$index" "$(blob "$oci/all" index.v1+json),\"annotations\":{\"org.opencontainers.image.ref.name\":\"$version\",\"io.containerd.image.name\":\"docker.io/library/tcpproxy:$version\"}}" >"$oci/index.json"
     printf '{"imageLayoutVersion":"1.0.0"}' >"$oci/oci-layout"
     archive "$oci" blobs index.json oci-layout >"$dist/tcpproxy-$version-oci.tar"
 }
