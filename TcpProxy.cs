@@ -1383,6 +1383,8 @@ internal static class ServiceText
         Add("Requires=", isPassed ? "tcpproxy.socket" : null);
         Add("StartLimitIntervalSec=", settings.Once ? null : "0"); // or five starts in vain were the last
         Add("\n[Service]\nType=", "notify");
+        Add("Sockets=", isPassed ? "tcpproxy.socket" : null); // whatever this unit is called
+        Add("NonBlocking=", isPassed ? "yes" : null); // or its start makes accept() block in another that has them
         Add("ExecStart=", command);
         Add("ExecReload=", settings.ConfigFile is null ? null : $"{command} --check-config"); // systemctl says when it is wrong
         Add("ExecReload=", "/bin/kill -HUP $MAINPID");
@@ -1394,8 +1396,9 @@ internal static class ServiceText
         Add("TimeoutStopSec=", settings.DrainTimeout == TimeSpan.Zero ? "infinity"
             : $"{Text.Of((long)(settings.DrainTimeout + Supervisor.Spare).TotalSeconds)}s");
         Add("LimitNOFILE=", Text.Of(Descriptors));
-        Add("DynamicUser=", user.Length == 0 ? "yes" : null);
-        Add("User=", user.Length > 0 ? user[0] : null);
+        bool isTemporary = IsBelow("/tmp", "/var/tmp"); // which are private, whatever is said, with DynamicUser
+        Add("DynamicUser=", user.Length == 0 && !isTemporary ? "yes" : null);
+        Add("User=", user.Length > 0 ? user[0] : isTemporary ? "nobody" : null);
         Add("Group=", user.Length > 1 ? user[1] : null);
         Add("AmbientCapabilities=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
         Add("CapabilityBoundingSet=", isPrivileged ? "CAP_NET_BIND_SERVICE" : "");
@@ -1403,9 +1406,7 @@ internal static class ServiceText
         AddFolders();
         Add("ProtectSystem=", "strict");
         Add("ProtectHome=", IsBelow("/home", "/root", "/run/user") ? "read-only" : "yes");
-        bool isTemporary = IsBelow("/tmp", "/var/tmp");
         Add("PrivateTmp=", isTemporary ? "no" : "yes");
-        Add("BindPaths=", isTemporary && user.Length == 0 ? "/tmp /var/tmp" : null); // DynamicUser means PrivateTmp=yes
         Add("""
             NoNewPrivileges=yes
             PrivateDevices=yes

@@ -274,7 +274,7 @@ package() { # RID: a tar of all that one needs
         "$dist/tcpproxy-$version-linux-$here" -c "$stage/tcpproxy.conf" --install-service >"$stage/unit" ||
             die "the sample configuration in README.md is not valid"
         sed -e "s|^\(Exec[A-Z][a-z]*\)=.*tcpproxy\.conf\"\{0,1\}|\1=/usr/local/bin/tcpproxy -c /etc/tcpproxy.conf|" -e 's/^ProtectHome=.*/ProtectHome=yes/' \
-            -e 's/^PrivateTmp=.*/PrivateTmp=yes/' -e '/^WorkingDirectory=/d' -e '/^BindPaths=/d' \
+            -e 's/^PrivateTmp=.*/PrivateTmp=yes/' -e '/^WorkingDirectory=/d' -e 's/^User=nobody$/DynamicUser=yes/' \
             -e 's/^\(AmbientCapabilities\|CapabilityBoundingSet\)=.*/\1=CAP_NET_BIND_SERVICE/' "$stage/unit" >"$stage/tcpproxy.service"
         rm "$stage/unit"
     fi

@@ -49,11 +49,14 @@ public sealed class InstallServiceTests : EndToEndTest
         foreach (string[] words in new string[][] { ["unix:/tmp/front", "echo"], ["127.0.0.1:8080", "unix:/tmp/mysql.sock"] })
         {
             string temporary = File.ReadAllText(await Unit(words));
-            Assert.Contains("\nPrivateTmp=no\nBindPaths=/tmp /var/tmp\n", temporary, StringComparison.Ordinal);
+            Assert.Contains("\nUser=nobody\n", temporary, StringComparison.Ordinal);
+            Assert.Contains("\nPrivateTmp=no\n", temporary, StringComparison.Ordinal);
+            Assert.DoesNotContain("DynamicUser", temporary, StringComparison.Ordinal);
         }
 
         string activated = File.ReadAllText(await Unit("fd:web", "echo", "--drain-timeout", "off"));
         Assert.Contains("\nRequires=tcpproxy.socket\n", activated, StringComparison.Ordinal);
+        Assert.Contains("\nSockets=tcpproxy.socket\nNonBlocking=yes\n", activated, StringComparison.Ordinal);
         Assert.Contains("\nTimeoutStopSec=infinity\n", activated, StringComparison.Ordinal);
 
         string unix = File.ReadAllText(await Unit("unix:/run/web/front", "echo", "--record", "/srv/flows"));
