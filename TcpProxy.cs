@@ -2386,6 +2386,7 @@ internal sealed class RoutedBridge(
     : Bridge(line, client, connection.Socket, connection.Upstream!.Kind, route.Settings.Bridge, route.Rates, taps)
 {
     private readonly Server _server = connection.Place!;
+    private readonly Conversation? _taps = taps;
     private int _minute = DateTime.UtcNow.Minute; // in which the access rules were asked last
 
     internal override bool Check(long now)
@@ -2400,7 +2401,7 @@ internal sealed class RoutedBridge(
 
     protected override void Ended(CloseReason reason)
     {
-        taps?.End(reason);
+        _taps?.End(reason);
         _server.Leave();
         (Line.BytesUp, Line.BytesDown) = (BytesUp, BytesDown);
         proxy.End(route, isAdmitted: true, Line, reason);
