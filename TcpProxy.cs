@@ -6436,6 +6436,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 {
     internal const string Stdout = "-";
 
+    private const string TooSlow = "it is written too slowly";
     private const int MarkEvery = 1 << 20; // bytes
 
     private readonly Spool _spool = new("pcap");
@@ -6517,7 +6518,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             Span<byte> block = _spool.Add(_file, length, isPromised);
             if (block.IsEmpty)
             {
-                _spool.GiveUp(_file, "it is written too slowly");
+                _spool.GiveUp(_file, TooSlow);
                 return;
             }
 
@@ -6541,9 +6542,13 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     private void Begin()
     {
+        ReadOnlySpan<byte> head = CaptureTap.FileHead();
         _marks.Clear();
-        _size = CaptureTap.FileHead().Length;
-        CaptureTap.FileHead().CopyTo(_spool.Add(_file, (int)_size));
+        _size = head.Length;
+        if (!head.TryCopyTo(_spool.Add(_file, head.Length)))
+        {
+            _spool.GiveUp(_file, TooSlow);
+        }
     }
 
     /// <summary>On a full disk, what is there stays legible.</summary>
