@@ -58,6 +58,7 @@ public sealed class UserTests : EndToEndTest
             ],
         };
         ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", "echo", "--user", "nobody");
+        await proxy.Line("listening"); // the port file is still root's
         Assert.Contains("\nGid:\t65533\t65533\t65533\t65533\n", Status(proxy), StringComparison.Ordinal);
         Assert.Contains("\nGroups:\t201 202 65533 \n", Status(proxy), StringComparison.Ordinal);
     }
