@@ -69,7 +69,7 @@
 //    1 PROGRAM     Main, exit status, signals
 //    2 OPTIONS     the one table; command line and file to settings; help
 //    3 COMMANDS    of --control; the text of --install-service
-//    4 PROXY       routes; ServeAsync is steps (2) to (8); start, reload, drain, stop
+//    4 PROXY       routes; ServeAsync is steps (2) to (5), RoutedBridge the others; start, reload, drain, stop
 //    5 ACCEPTOR    bind every kind of address, accept loop, out of descriptors
 //    6 ADMISSION   who may connect, and when; how many, how fast, of the route and of an address
 //    7 UPSTREAMS   servers: choice, retry, queue, down and up
@@ -1047,13 +1047,13 @@ internal sealed class ControlCommand(string words, string arguments, string help
     private static string SetServer(Proxy proxy, string[] words)
     {
         int mode = Array.IndexOf(["ready", "drain", "maint"], At(words, 2));
+        _ = ServersOf(proxy, words); // what is wrong with the name is said first
         return At(words, 1) switch
         {
             "weight" => SetWeight(proxy, words, 2),
             "state" when mode >= 0 => Put(proxy, words, (ServerMode)mode),
             "state" => throw new FormatException("'set server <srv> state' expects 'ready', 'drain' and 'maint'."),
-            _ => throw new FormatException(ServersOf(proxy, words).Count == 0 ? "" // its own words come first
-                : "usage: set server <backend>/<server> state | weight"),
+            _ => throw new FormatException("usage: set server <backend>/<server> state | weight"),
         };
     }
 
@@ -1374,8 +1374,9 @@ internal static class ServiceText
         bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
         bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
         string[] user = settings.User?.Split(':') ?? [];
-        string command = string.Join(' ', [Text.QuoteForSystemd(program, isProgram: true),
-            .. Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false))]);
+        string command = Text.QuoteForSystemd(program, isProgram: true);
+        string arguments = string.Join(' ', Array.ConvertAll(words, word => Text.QuoteForSystemd(word, isProgram: false)));
+        bool isReading = settings.ConfigFile is not null || settings.AccessFiles.Count > 0;
         StringBuilder unit = new();
         Add("# /etc/systemd/system/tcpproxy.service\n[Unit]\nDescription=", "TCP proxy");
         Add("Wants=", "network-online.target");
@@ -1385,8 +1386,8 @@ internal static class ServiceText
         Add("\n[Service]\nType=", "notify");
         Add("Sockets=", isPassed ? "tcpproxy.socket" : null); // whatever this unit is called
         Add("NonBlocking=", isPassed ? "yes" : null); // or its start makes accept() block in another that has them
-        Add("ExecStart=", command);
-        Add("ExecReload=", settings.ConfigFile is null ? null : $"{command} --check-config"); // systemctl says when it is wrong
+        Add("ExecStart=", $"{command} {arguments}");
+        Add("ExecReload=", isReading ? $"{command} --check-config {arguments}" : null); // systemctl says when it is wrong
         Add("ExecReload=", "/bin/kill -HUP $MAINPID");
         Add("WorkingDirectory=", folder?.Replace("%", "%%", StringComparison.Ordinal));
         Add("Restart=", settings.Once ? "no" : "on-failure");
@@ -1857,7 +1858,11 @@ internal sealed class Proxy : IObserved
             }
             _supervisor.Ready();
             await _stopping.Task;
-            _supervisor.Stopping(Settings.DrainTimeout);
+            if (!Settings.Once) // which accepts nobody else, but its one connection has all its time
+            {
+                _supervisor.Stopping(Settings.DrainTimeout);
+            }
+
             await DrainAsync();
         }
         finally
@@ -2235,7 +2240,8 @@ internal sealed class Proxy : IObserved
             reason ??= route.TryEnter();
             if (reason == CloseReason.LimitReached)
             {
-                reason = await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line);
+                reason = route.Line.Most > 0 ? await route.Line.EnterAsync(route.Limit.TryEnter, client, line: line)
+                    : route.Limit.TryEnter() ? null : reason; // a reload may have made room for the line that it has ended
             }
 
             isAdmitted = reason is null;
@@ -2349,7 +2355,7 @@ internal sealed class Proxy : IObserved
         return refusal is not null && target == client ? CloseReason.ClientReset : refusal;
     }
 
-    /// <summary>What steps (2) and (3) have taken is given back, and the log told.</summary>
+    /// <summary>What step (2) has taken is given back, and the log told.</summary>
     internal void End(Route route, bool isAdmitted, ConnectionLine line, CloseReason reason)
     {
         if (isAdmitted)
@@ -4165,7 +4171,7 @@ internal sealed class WaitingLine(int most, TimeSpan patience, CloseReason full)
         {
             if (_waiters.Count >= Most)
             {
-                bool hasRoom = _waiters.Count == 0 && tryEnter(); // a reload may have made room for the line that it ends
+                bool hasRoom = _waiters.Count == 0 && tryEnter(); // as a reload may have made
                 return Task.FromResult(hasRoom ? null : full);
             }
 
@@ -6513,6 +6519,10 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
                 _spool.End(_file);
                 _file = NewFile($"{File}{Text.Of(++_files)}");
                 Begin();
+                if (IsOver)
+                {
+                    return; // nothing without a head
+                }
             }
 
             Span<byte> block = _spool.Add(_file, length, isPromised);
@@ -6954,7 +6964,12 @@ internal sealed class MatchTap(Matcher matcher, MatchRule[] rules, int patience 
         try
         {
             ReadOnlyMemory<byte> held = _node.Held;
-            if (isTimer && held.Length > 0 && _due - Environment.TickCount64 is long left and > 0)
+            if (isTimer && held.Length <= _passed)
+            {
+                return; // it was decided meanwhile
+            }
+
+            if (isTimer && _due - Environment.TickCount64 is long left and > 0)
             {
                 _timer!.Change(left, Timeout.Infinite); // more has come meanwhile
                 return;
@@ -8964,9 +8979,12 @@ internal sealed class Supervisor : Watched
     internal void Reloading() =>
         Tell($"RELOADING=1\nMONOTONIC_USEC={Text.Of((long)Stopwatch.GetElapsedTime(0).TotalMicroseconds)}");
 
-    /// <summary>That takes so long at most, whatever the file had said when the unit was written.</summary>
-    internal void Stopping(TimeSpan patience) => Tell($"STOPPING=1\nSTATUS={_told = _status()}"
-        + (patience > TimeSpan.Zero ? $"\nEXTEND_TIMEOUT_USEC={Text.Of((long)(patience + Spare).TotalMicroseconds)}" : ""));
+    /// <summary>That takes so long at most (zero: for ever), whatever the file had said when the unit was written.</summary>
+    internal void Stopping(TimeSpan patience)
+    {
+        TimeSpan most = patience > TimeSpan.Zero ? patience + Spare : TimeSpan.FromDays(3650);
+        Tell($"STOPPING=1\nSTATUS={_told = _status()}\nEXTEND_TIMEOUT_USEC={Text.Of((long)most.TotalMicroseconds)}");
+    }
 
     internal override bool Check(long now)
     {
@@ -10523,10 +10541,15 @@ internal static class UnixSocket
             socket.Connect(new UnixDomainSocketEndPoint(path));
             return socket;
         }
-        catch (SocketException e) when (e.SocketErrorCode == SocketError.ProtocolType && type == SocketType.Dgram)
+        catch (SocketException e)
         {
             socket.Dispose();
-            return Connect(path, SocketType.Stream);
+            if (e.SocketErrorCode == SocketError.ProtocolType && type == SocketType.Dgram)
+            {
+                return Connect(path, SocketType.Stream);
+            }
+
+            throw;
         }
     }
 

@@ -273,7 +273,9 @@ package() { # RID: a tar of all that one needs
         # This machine's binary writes the unit, for where the files will be; a port below 1024 is allowed.
         "$dist/tcpproxy-$version-linux-$here" -c "$stage/tcpproxy.conf" --install-service >"$stage/unit" ||
             die "the sample configuration in README.md is not valid"
-        sed -e "s|^\(Exec[A-Z][a-z]*\)=.*tcpproxy\.conf\"\{0,1\}|\1=/usr/local/bin/tcpproxy -c /etc/tcpproxy.conf|" -e 's/^ProtectHome=.*/ProtectHome=yes/' \
+        sed -e 's|^ExecStart=.*|ExecStart=/usr/local/bin/tcpproxy -c /etc/tcpproxy.conf|' \
+            -e 's|^ExecReload=.* --check-config .*|ExecReload=/usr/local/bin/tcpproxy --check-config -c /etc/tcpproxy.conf|' \
+            -e 's/^ProtectHome=.*/ProtectHome=yes/' \
             -e 's/^PrivateTmp=.*/PrivateTmp=yes/' -e '/^WorkingDirectory=/d' -e 's/^User=nobody$/DynamicUser=yes/' \
             -e 's/^\(AmbientCapabilities\|CapabilityBoundingSet\)=.*/\1=CAP_NET_BIND_SERVICE/' "$stage/unit" >"$stage/tcpproxy.service"
         rm "$stage/unit"

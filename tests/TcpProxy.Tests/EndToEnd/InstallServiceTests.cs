@@ -69,8 +69,14 @@ public sealed class InstallServiceTests : EndToEndTest
         Assert.Contains($"\nReadWritePaths=-{Given.Folder}\n", relative, StringComparison.Ordinal);
         Assert.Contains("\nPrivateTmp=no\n", relative, StringComparison.Ordinal);
         Assert.Contains(
-            $"\nExecReload={ProxyProcess.Binary} -c a.conf --check-config\nExecReload=/bin/kill -HUP $MAINPID\n",
+            $"\nExecReload={ProxyProcess.Binary} --check-config -c a.conf\nExecReload=/bin/kill -HUP $MAINPID\n",
             relative, StringComparison.Ordinal);
+
+        File.WriteAllText(Given.Path("list"), "192.0.2.0/24\n");
+        string listed = File.ReadAllText(await Unit("127.0.0.1:0", "echo", "--deny", "@list"));
+        Assert.Contains(
+            $"\nExecReload={ProxyProcess.Binary} --check-config 127.0.0.1:0 echo --deny @list\n", listed, StringComparison.Ordinal);
+        Assert.DoesNotContain("--check-config", unix, StringComparison.Ordinal);
     }
 
     [Fact(Timeout = Quick)]

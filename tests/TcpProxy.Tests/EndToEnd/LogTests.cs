@@ -215,6 +215,31 @@ public sealed class LogTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_syslog_that_is_away_costs_no_descriptors()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            new Launch { Chatter = ["tcpproxy: lines of the log are lost"] },
+            "127.0.0.1:0", "echo", "--log", "syslog", "--log-file", $"unix:{Given.Path("log.sock")}");
+        await Talk();
+        int descriptors = proxy.Descriptors;
+        for (int i = 0; i < 10; i++) // it is tried again each second
+        {
+            await Wait.Pause(500);
+            await Talk();
+        }
+
+        Assert.InRange(proxy.Descriptors, 0, descriptors + 1);
+
+        async Task Talk()
+        {
+            Peer client = await Given.Client(proxy);
+            await client.Ask("hello");
+            client.Finish();
+            await client.ExpectEnd();
+        }
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Rsyslog_understands_the_messages()
     {
         string rsyslogd = Tool.Need("rsyslogd", "rsyslog");

@@ -83,11 +83,13 @@ public sealed class NotifyTests : EndToEndTest
         await manager.Next("STATUS=1 route, 0 connections");
     }
 
-    [Fact(Timeout = Quick)]
-    public async Task While_it_drains_the_status_says_so()
+    [Theory(Timeout = Quick)]
+    [InlineData("2m", "125000000")]
+    [InlineData("off", "315360000000000")] // ten years
+    public async Task While_it_drains_the_status_says_so(string time, string told)
     {
         Manager manager = new(Given);
-        ProxyProcess proxy = await Given.Proxy(manager.Launch(), "127.0.0.1:0", "echo", "--drain-timeout", "2m");
+        ProxyProcess proxy = await Given.Proxy(manager.Launch(), "127.0.0.1:0", "echo", "--drain-timeout", time);
         Peer[] clients = [await Given.Client(proxy), await Given.Client(proxy)];
         foreach (Peer client in clients)
         {
@@ -96,13 +98,28 @@ public sealed class NotifyTests : EndToEndTest
 
         proxy.Signal(ProxyProcess.SigTerm);
         Assert.Equal(
-            ["STOPPING=1", "STATUS=draining, 2 connections", "EXTEND_TIMEOUT_USEC=125000000"],
+            ["STOPPING=1", "STATUS=draining, 2 connections", $"EXTEND_TIMEOUT_USEC={told}"],
             (await manager.Next("STOPPING=1")).Split('\n'));
         clients[0].Dispose();
         await manager.Next("STATUS=draining, 1 connection");
         clients[1].Finish();
         await clients[1].ExpectEnd();
         Assert.Equal(0, await proxy.Exit());
+    }
+
+    /// <summary>systemd would give it the time of a stop.</summary>
+    [Fact(Timeout = Quick)]
+    public async Task The_one_connection_of_once_is_no_stop()
+    {
+        Manager manager = new(Given);
+        ProxyProcess proxy = await Given.Proxy(manager.Launch(), "127.0.0.1:0", "echo", "--once");
+        Peer client = await Given.Client(proxy);
+        await client.Ask("hello");
+        client.Finish();
+        await client.ExpectEnd();
+        Assert.Equal(0, await proxy.Exit());
+        Assert.Contains(manager.Heard, m => m.StartsWith("READY=1", StringComparison.Ordinal));
+        Assert.DoesNotContain(manager.Heard, m => m.StartsWith("STOPPING=1", StringComparison.Ordinal));
     }
 
     [Fact(Timeout = Quick)]

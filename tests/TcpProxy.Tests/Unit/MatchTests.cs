@@ -149,6 +149,19 @@ public sealed class MatchTests
     }
 
     [Fact(Timeout = 20_000)]
+    public async Task When_the_time_comes_of_what_was_decided_before_nothing_is_written()
+    {
+        Sink sink = new();
+        MatchTap tap = New([Block("abc")], sink, patience: 20);
+        await tap.WriteAsync("ab"u8.ToArray());
+        await tap.WriteAsync("x"u8.ToArray());
+        Assert.Equal("abx", Text(sink));
+        int writes = sink.Writes;
+        await Task.Delay(200, TestContext.Current.CancellationToken);
+        Assert.Equal(writes, sink.Writes);
+    }
+
+    [Fact(Timeout = 20_000)]
     public async Task A_timer_that_comes_late_gives_new_bytes_their_own_time()
     {
         Sink sink = new() { Gate = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously) };
