@@ -16,7 +16,6 @@ internal sealed class Upstream : IDisposable
     private readonly Channel<Peer> _waiting = Channel.CreateUnbounded<Peer>();
     private readonly List<Peer> _peers = [];
     private readonly CancellationTokenSource _stopping = new();
-    private readonly Task _accepting = Task.CompletedTask;
     private volatile bool _closing;
     private volatile bool _isRefusing;
     private int _accepted;
@@ -32,7 +31,7 @@ internal sealed class Upstream : IDisposable
         Endpoint = unix ? at : _socket.LocalEndPoint!;
         if (backlog > 0)
         {
-            _accepting = AcceptAsync();
+            _ = AcceptAsync();
         }
     }
 
@@ -72,8 +71,7 @@ internal sealed class Upstream : IDisposable
     public void Refuse()
     {
         _isRefusing = true;
-        _stopping.Cancel(); // an accept that pends while its socket is closed closes whom it has just taken,
-        _accepting.Wait(TimeSpan.FromSeconds(5)); // and so does one that has not yet said whom it has taken
+        _stopping.Cancel(); // an accept that pends while its socket is closed closes whom it has just taken
         _socket.Dispose();
     }
 
