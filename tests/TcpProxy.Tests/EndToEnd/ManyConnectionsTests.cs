@@ -60,8 +60,8 @@ public sealed class ManyConnectionsTests : EndToEndTest
         await OpenAndClose(15_000);
         await Wait.Until(() => proxy.Descriptors <= descriptors + 2 + Tool.LateFiles, "the descriptors to be given back");
         Assert.True(proxy.Threads <= threads + 4, $"from {threads} threads to {proxy.Threads}");
-        Assert.True(
-            proxy.Resident - memory < 4 << 20, $"resident memory went from {memory} to {proxy.Resident}");
+        long most = Tool.IsPortable ? 16 << 20 : 4 << 20; // what is compiled as it runs goes on being compiled
+        Assert.True(proxy.Resident - memory < most, $"resident memory went from {memory} to {proxy.Resident}");
 
         // half of the clients finish in order, half reset: neither may leave anything
         Task OpenAndClose(int count) =>
