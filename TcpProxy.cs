@@ -2393,7 +2393,7 @@ internal sealed class RoutedBridge(
 {
     private readonly Server _server = connection.Place!;
     private readonly Conversation? _taps = taps;
-    private int _minute = DateTime.UtcNow.Minute; // in which the access rules were asked last
+    private int _minute = -1; // in which the access rules were asked last; -1 = since it has begun, they were not
 
     internal override bool Check(long now)
     {

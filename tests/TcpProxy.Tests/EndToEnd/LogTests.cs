@@ -297,7 +297,7 @@ public sealed class LogTests : EndToEndTest
         const string Bad = "x\r\nlevel=error event=forged\u001b]0;title\u0007\u009b2J\u2028\u202e\0\" ' \\ [ / #";
         byte[] raw = [.. Encoding.UTF8.GetBytes(Bad), 0xff, 0xc3, 0x28, 0xed, 0xa0, 0x80];
         string file = Given.Path("log");
-        string[] filter = IsPortable ? [] : ["--filter-up", "sh:cat >&2"];
+        string[] filter = Tool.IsPortable ? [] : ["--filter-up", "sh:cat >&2"];
         ProxyProcess proxy = await Given.Proxy(
         [
             "--log", format, "--log-file", file, "-v", "--retries", "0",
@@ -384,7 +384,7 @@ public sealed class LogTests : EndToEndTest
     public async Task Two_that_write_one_file_lose_nothing_and_it_may_be_truncated()
     {
         const int Count = 400;
-        Assert.SkipWhen(IsPortable, "no O_APPEND without libc");
+        Assert.SkipWhen(Tool.IsPortable, "no O_APPEND without libc");
         string file = Given.Path("proxy.log");
         File.WriteAllText(file, "time=before level=info event=before\n");
         ProxyProcess[] proxies =
@@ -592,8 +592,6 @@ public sealed class LogTests : EndToEndTest
             }
         }
     }
-
-    private static bool IsPortable => Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") == "1";
 
     private static byte[] Records(byte[] message) =>
         [0x16, 3, 1, (byte)(message.Length >> 8), (byte)message.Length, .. message];
