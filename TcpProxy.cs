@@ -9557,7 +9557,9 @@ internal sealed class Log : IDisposable
     /// <summary>Whether a connection is to be told early: another --log-long has passed since the sweep's last look.</summary>
     internal bool IsDue(long now, long startedAt)
     {
+        const int ClockStep = 10; // ms at most of the coarse clock behind TickCount64: nobody is told too early
         long period = (long)_settings.Long.TotalMilliseconds;
+        startedAt += ClockStep;
         long age = now - startedAt;
         return period > 0 && age >= period && age / period > (Sweep.LastLook - startedAt) / period;
     }
