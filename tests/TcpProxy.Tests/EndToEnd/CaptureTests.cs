@@ -332,7 +332,12 @@ public sealed class CaptureTests : EndToEndTest
         string client0 = client.Socket.LocalEndPoint is IPEndPoint ip ? Address(ip) : $"192.0.2.1:{1024 + number + 1}";
         string port = client0[(client0.LastIndexOf(':') + 1)..];
         string server0 = upstream.Endpoint is IPEndPoint at ? Address(at) : isV6 ? "[::ffff:192.0.2.2]:1" : "192.0.2.2:1";
-        return new Conversed(ending, client0, server0, port, !isV6, up, down, Run());
+
+        // a unix client's stand-in is numbered as its capture begins, which it has once a byte is through
+        bool isServerFirst = ending == Ending.ServerFirst;
+        await (isServerFirst ? Half(server, client, down[..1], false) : Half(client, server, up[..1], false));
+        return new Conversed(
+            ending, client0, server0, port, !isV6, up, down, isServerFirst ? Run(up, down[1..]) : Run(up[1..], down));
 
         string Address(IPEndPoint end) => isV6 ? Mapped(end) : end.ToString();
 
@@ -340,25 +345,25 @@ public sealed class CaptureTests : EndToEndTest
 
         byte[] Random()
         {
-            byte[] bytes = new byte[random.Next(4) == 0 ? random.Next(200_000) : random.Next(2_000)];
+            byte[] bytes = new byte[1 + (random.Next(4) == 0 ? random.Next(200_000) : random.Next(2_000))];
             random.NextBytes(bytes);
             return bytes;
         }
 
-        async Task Run()
+        async Task Run(byte[] upward, byte[] downward)
         {
             switch (ending)
             {
                 case Ending.ClientFirst:
-                    await Half(client, server, up, true);
-                    await Half(server, client, down, true);
+                    await Half(client, server, upward, true);
+                    await Half(server, client, downward, true);
                     return;
                 case Ending.ServerFirst:
-                    await Half(server, client, down, true);
-                    await Half(client, server, up, true);
+                    await Half(server, client, downward, true);
+                    await Half(client, server, upward, true);
                     return;
                 default:
-                    await Task.WhenAll(Half(client, server, up, false), Half(server, client, down, false));
+                    await Task.WhenAll(Half(client, server, upward, false), Half(server, client, downward, false));
                     (ending == Ending.ClientResets ? client : ending == Ending.ServerResets ? server : null)?.Reset();
                     return;
             }

@@ -124,8 +124,9 @@ public sealed class ShutdownTests : EndToEndTest
     {
         Upstream silent = await Given.Silent();
         ProxyProcess proxy = await Given.Proxy(
-            "127.0.0.1:0", silent.Address, "--connect-timeout", "60s", "--drain-timeout", "1s");
+            "127.0.0.1:0", silent.Address, "--connect-timeout", "60s", "--drain-timeout", "1s", "-v");
         Peer client = await Given.Client(proxy);
+        await proxy.Line("accepted");
         await client.Send("anybody there?");
         Assert.Equal(0, await proxy.Stop(6));
         await client.ExpectReset();
@@ -136,8 +137,9 @@ public sealed class ShutdownTests : EndToEndTest
     public async Task A_second_signal_waits_for_no_server_either()
     {
         Upstream silent = await Given.Silent();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", silent.Address, "--connect-timeout", "60s");
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", silent.Address, "--connect-timeout", "60s", "-v");
         Peer client = await Given.Client(proxy);
+        await proxy.Line("accepted");
         await client.Send("anybody there?");
         proxy.Signal(ProxyProcess.SigTerm);
         await proxy.Line("draining");
