@@ -1805,6 +1805,7 @@ internal sealed class Proxy : IObserved
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Func<int> _count; // of the connections
     private int _serving = 1; // connections, and one for the accept loops as long as they run
+    private volatile int _accepting = 1; // that one
     private int _signals;
     private int _onceTaken;
     private bool _onceFailed;
@@ -1812,11 +1813,11 @@ internal sealed class Proxy : IObserved
     internal Proxy(Settings settings, Account? account, Func<Settings, Settings> read)
     {
         (Settings, _account, _read) = (settings, account, read);
+        _count = () => Math.Max(0, Volatile.Read(ref _serving) - _accepting);
         _supervisor = new Supervisor(() => $"{(IsDraining ? "draining" : Text.Count(_routes.Count, "route"))}, "
-            + Text.Count(Math.Max(0, Volatile.Read(ref _serving) - (_acceptors.Count > 0 ? 1 : 0)), "connection"));
+            + Text.Count(_count(), "connection"));
         _onceFailed = settings.Once; // until its connection has ended well
         Log = new Log(settings.Log);
-        _count = () => Volatile.Read(ref _serving) - 1;
         Limit = new ConnectionLimit(settings.MaxConnections, null);
     }
 
@@ -2177,6 +2178,7 @@ internal sealed class Proxy : IObserved
             Log.Count(LogLevel.Info, "draining", "connections", _count());
         }
 
+        _accepting = 0;
         Leave();
         await _idle.Task;
         Log.Event(LogLevel.Info, "stopped", "");
@@ -4972,7 +4974,7 @@ internal abstract class Bridge : PumpOwner, ISession
     }
 
     /// <summary>An error has a culprit: the source when it was received from, else the target.</summary>
-    internal override void Failed(Pump pump, Exception error)
+    internal override void Failed(Pump pump, Exception error, bool isSending)
     {
         if (error is OperationCanceledException && _reason is not null)
         {
@@ -4995,9 +4997,9 @@ internal abstract class Bridge : PumpOwner, ISession
             return;
         }
 
-        bool isClient = (pump.IsSending ? pump.Target : pump.Source) == _client;
+        bool isClient = (isSending ? pump.Target : pump.Source) == _client;
         CloseReason reason = isClient ? CloseReason.ClientReset : CloseReason.UpstreamReset;
-        if (pump.IsSending)
+        if (isSending)
         {
             // what the target had sent before it went away may still wait to be received: its pump ends by itself
             Interlocked.CompareExchange(ref _reason, reason, null);
@@ -5171,7 +5173,7 @@ internal abstract class PumpOwner : Watched
     /// <summary>No more bytes will come this way.</summary>
     internal abstract void Finished(Pump pump, PumpEnd end);
 
-    internal abstract void Failed(Pump pump, Exception error);
+    internal abstract void Failed(Pump pump, Exception error, bool isSending);
 
     internal abstract void Release();
 }
@@ -5256,7 +5258,7 @@ internal sealed class Pump(
         catch (Exception e)
 #pragma warning restore CA1031
         {
-            owner.Failed(this, e);
+            owner.Failed(this, e, IsSending);
         }
         finally
         {
@@ -5272,7 +5274,7 @@ internal sealed class Pump(
             error =>
             {
                 IsSending = true;
-                owner.Failed(this, error);
+                owner.Failed(this, error, isSending: true);
             },
             () =>
             {
@@ -6479,8 +6481,8 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     internal override void Close()
     {
+        _file.IsOver = true; // at first: a packet behind the end would open the file anew, empty
         _spool.End(_file);
-        _file.IsOver = true;
         _spool.Close();
     }
 
@@ -8076,8 +8078,8 @@ internal abstract class SideServer(int most, Log log)
         }
         finally
         {
+            Interlocked.Decrement(ref _clients); // before the client can see its end, and come again
             client.Dispose();
-            Interlocked.Decrement(ref _clients);
         }
     }
 }
@@ -10161,7 +10163,8 @@ internal abstract class Watched
 
 /// <summary>One thread looks at everything that has a timeout, again and again, instead of a timer for each. It looks
 /// as often as an eighth of the shortest timeout, half as often while all is quiet, and not at all while there is nothing
-/// to look at.</summary>
+/// to look at. Where the whole process has stood still (SIGSTOP, a virtual machine that was moved), the event loops have
+/// a pause's time to take what has come meanwhile, before anybody is late.</summary>
 internal static class Sweep
 {
     private const int Shortest = 25; // ms between two looks
@@ -10251,14 +10254,23 @@ internal static class Sweep
         Watched[] seen = [];
         Rest rest = new();
         bool isQuiet = false;
+        long woke = 0;
         while (true)
         {
-            int pause = isQuiet ? Math.Min(2 * _interval, Longest) : _interval;
-            Bell.WaitOne(!IsEmpty() ? pause : rest.IsDue ? Rest.Quiet : Timeout.Infinite);
-            int count = Copy(ref seen);
+            int pause = IsEmpty() ? rest.IsDue ? Rest.Quiet : Timeout.Infinite
+                : isQuiet ? Math.Min(2 * _interval, Longest) : _interval;
+            Bell.WaitOne(pause);
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
-            isQuiet = true;
+            bool hasStalled = pause > 0 && now - woke > 2 * pause;
+            woke = now;
+            isQuiet = !hasStalled;
+            if (hasStalled && !isStop)
+            {
+                continue;
+            }
+
+            int count = Copy(ref seen);
             foreach (Watched watched in seen.AsSpan(0, count))
             {
                 if (isStop)

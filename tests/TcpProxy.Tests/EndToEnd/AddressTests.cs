@@ -89,8 +89,8 @@ public sealed class AddressTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task A_range_is_mapped_one_to_one()
     {
-        int listen = Given.FreePorts(3);
-        int target = Given.FreePorts(3);
+        int listen = Given.FreePorts(6);
+        int target = listen + 3;
         for (int i = 0; i < 3; i++)
         {
             Given.Named($"server {i}", new IPEndPoint(IPAddress.Loopback, target + i));

@@ -27,7 +27,7 @@ public sealed class BalanceTests : EndToEndTest
         ProxyProcess first = await Given.Proxy(["127.0.0.1:0", "--balance", "source", .. servers]);
         ProxyProcess second = await Given.Proxy(["--balance", "source", ":0", .. servers.Reverse()]);
         HashSet<string> seen = [];
-        for (int i = 1; i <= 40; i++)
+        for (int i = 1; i <= 120; i++)
         {
             IPEndPoint from = new(IPAddress.Parse($"127.1.2.{i}"), 0);
             string server = await (await Given.Client(first.Endpoint(), from)).ReceiveLine();

@@ -29,8 +29,11 @@ public sealed class ChaosTests : EndToEndTest
             "--fin-timeout", "2s", "--idle-timeout", "3s");
         int descriptors = proxy.Descriptors;
         List<string> addresses = [];
+        int begun = 0;
         await Wait.Many(Count, 40, async i =>
         {
+            int ahead = Interlocked.Increment(ref begun) - (Limit * 3 / 4);
+            await proxy.LinesOf("connection", Math.Max(0, ahead)); // or a proxy that is behind would be full of those who have gone
             Peer client = await Peer.Connect(proxy.Endpoint());
             lock (addresses)
             {

@@ -128,7 +128,8 @@ public sealed class ConnectTests : EndToEndTest
     {
         Names names = await Names.Hosts(
             Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
-        Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), 0));
+        int port = Given.FreePorts(1); // at both addresses: at the other one another test may else have a server
+        Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), port));
         ProxyProcess proxy = await Given.Proxy(
             names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}{bound}", "--retries", "0");
         proxy.Tolerate("resolve");
@@ -149,7 +150,7 @@ public sealed class ConnectTests : EndToEndTest
     {
         Names names = await Names.Hosts(
             Given, "127.0.0.1 localhost two.example", "::1 localhost two.example");
-        Upstream dead = await Given.Silent(IPAddress.Parse(silent));
+        Upstream dead = await Given.Silent(IPAddress.Parse(silent), Given.FreePorts(1));
         Upstream upstream = Given.Echo(new IPEndPoint(IPAddress.Parse(listening), dead.Port));
         ProxyProcess proxy = await Given.Proxy(names.Launch, "127.0.0.1:0", $"two.example:{upstream.Port}");
         proxy.Tolerate("resolve");

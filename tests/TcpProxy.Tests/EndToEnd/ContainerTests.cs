@@ -58,7 +58,7 @@ public sealed class ContainerTests : EndToEndTest
         string nsenter = Tool.Need("nsenter", "util-linux");
         (ProxyProcess proxy, int id) = await Process1([], string.Empty, "127.0.0.1:0", "echo");
         (await Tool.Run(
-            nsenter, "--target", $"{id}", "--pid", "sh", "-c", "for i in 1 2 3 4 5; do (setsid sleep 1 &) ; done")).Good();
+            nsenter, "--target", $"{id}", "--pid", "sh", "-c", "for i in 1 2 3 4 5; do (setsid sleep 3 >/dev/null 2>&1 &) ; done")).Good();
         Assert.Equal(5, ChildrenOf(id).Count);
         await Wait.Until(() => ChildrenOf(id).Count == 0, "the orphans to be reaped");
         Peer client = await Given.Client(proxy);

@@ -415,7 +415,7 @@ public sealed class FilterTests : EndToEndTest
     public async Task A_program_that_has_vanished_resets_the_connection_and_is_missed_by_that_only()
     {
         string program = Given.Path("my cat");
-        File.Copy("/bin/cat", program);
+        File.CreateSymbolicLink(program, "/bin/cat"); // a copy may be open for writing in a child that another test forks
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--filter-up", $"'{program}'");
         await (await Given.Client(proxy)).Ask("x\n");
         File.Delete(program);
@@ -423,7 +423,7 @@ public sealed class FilterTests : EndToEndTest
         await client.ExpectReset();
         LogLine line = await proxy.Connection(client);
         Assert.Equal("filter not started: No such file or directory", line.Reason);
-        File.Copy("/bin/cat", program);
+        File.CreateSymbolicLink(program, "/bin/cat");
         await (await Given.Client(proxy)).Ask("x\n");
     }
 
@@ -432,7 +432,7 @@ public sealed class FilterTests : EndToEndTest
     {
         ProxyProcess proxy = await Given.Proxy(
             Launch.WithDescriptors(48), "127.0.0.1:0", "echo", "--filter-up", "cat");
-        proxy.Tolerate("exhausted", "descriptors", "accept");
+        proxy.Tolerate("exhausted", "recovered");
         Peer[] clients = new Peer[40];
         for (int i = 0; i < clients.Length; i++)
         {

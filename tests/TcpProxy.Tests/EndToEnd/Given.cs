@@ -133,9 +133,9 @@ internal sealed class Given : IAsyncDisposable
     }
 
     /// <summary>A loopback address that accepts nothing and refuses nothing: its queue is full.</summary>
-    public async Task<Upstream> Silent(IPAddress? address = null)
+    public async Task<Upstream> Silent(IPAddress? address = null, int port = 0)
     {
-        Upstream server = Server(new IPEndPoint(address ?? IPAddress.Loopback, 0), backlog: 0);
+        Upstream server = Server(new IPEndPoint(address ?? IPAddress.Loopback, port), backlog: 0);
         for (int i = 0; ; i++)
         {
             Assert.True(i < 16, "the queue of the silent server does not fill");

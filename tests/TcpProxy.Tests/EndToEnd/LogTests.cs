@@ -32,6 +32,9 @@ public sealed class LogTests : EndToEndTest
         """.Trim() + @" (?<Tw>-1|\d+)/(?<Tc>-1|\d+)/(?<Tt>\+?\d+) (?<B>\+?\d+) (?<ts>[A-Za-z-]{2})"
         + @" (?<ac>\d+)/(?<fc>\d+)/(?<bc>\d+)/(?<sc>\d+)/(?<rc>\+?\d+) (?<sq>\d+)/(?<bq>\d+)$");
 
+    private volatile Task _mayAnswer = Task.CompletedTask;
+    private int _asked;
+
     // ---- HAProxy's line
 
     [Fact(Timeout = Slow)]
@@ -271,11 +274,16 @@ public sealed class LogTests : EndToEndTest
     public async Task The_journal_gets_priorities_and_no_second_time(string format, string word, string pattern)
     {
         string socat = Tool.Need("socat", "socat");
+        string ports = Given.Path("ports");
         string arguments = word == "error" ? "127.0.0.1:0 echo --nonsense" : $"127.0.0.1:0 echo --log {format}";
         string script = Given.Write("script", $"""
             inode=$(readlink /proc/self/fd/2 | tr -cd 0-9)
-            JOURNAL_STREAM=8:$inode timeout 1 {ProxyProcess.Binary} {arguments}
-            JOURNAL_STREAM=8:1$inode timeout 1 {ProxyProcess.Binary} {arguments}
+            for stream in 8:$inode 8:1$inode; do
+                JOURNAL_STREAM=$stream {ProxyProcess.Binary} {arguments} --port-file {ports} &
+                until [ -s {ports} ] || ! kill -0 $!; do sleep 0.05; done 2>/dev/null
+                kill $! 2>/dev/null
+                wait $!
+            done
 
             """);
         string[] lines = [.. (await Tool.Run(socat, "-u", $"EXEC:sh {script},stderr", "STDOUT")).Out.Split('\n')
@@ -427,9 +435,8 @@ public sealed class LogTests : EndToEndTest
         Assert.Equal(("info", client.Local, 5, 5), (first.Level, first["client"], first.BytesUp, first.BytesDown));
         Assert.InRange(first.Number("duration_ms"), 399, 3000);
         await client.Ask("more");
-        LogLine second = (await proxy.LinesOf("connection-long", 2))[1];
+        LogLine second = await proxy.Line("connection-long", l => l.BytesUp == 9);
         Assert.InRange(second.Number("duration_ms"), 799, 5000);
-        Assert.Equal(9, second.BytesUp);
         client.Finish();
         await client.ExpectEnd();
         LogLine last = await proxy.Connection(client);
@@ -475,6 +482,7 @@ public sealed class LogTests : EndToEndTest
         File.WriteAllText(file, "log-skip-empty\nlisten 127.0.0.1:0\nupstream echo\n");
         ProxyProcess proxy = await Given.Proxy("-c", file);
         await Probe();
+        await Wait.Until(IsCountedOut, "the end of the probe");
         File.WriteAllText(file, "log-long 300ms\nlisten 127.0.0.1:0\nupstream echo\n");
         Peer client = await Given.Client(proxy);
         proxy.Signal(1);
@@ -482,6 +490,12 @@ public sealed class LogTests : EndToEndTest
         Assert.DoesNotContain(proxy.Lines, l => l.Event == "connection");
         await Probe();
         await proxy.Connection(l => l.BytesUp == 0);
+
+        bool IsCountedOut()
+        {
+            proxy.Signal(SigUsr2);
+            return proxy.Lines.Any(l => l.Event == "state" && l["message"].Contains(", 0 connections, ", StringComparison.Ordinal));
+        }
 
         async Task Probe()
         {
@@ -523,9 +537,11 @@ public sealed class LogTests : EndToEndTest
             state[1..]);
     }
 
-    private static async Task AnswerLater(Peer peer)
+    private async Task AnswerLater(Peer peer)
     {
         await peer.ReceiveText("hello");
+        Interlocked.Increment(ref _asked);
+        await _mayAnswer;
         await Wait.Pause(300);
         await peer.Send("answer7");
         await peer.ExpectEnd();
@@ -549,18 +565,35 @@ public sealed class LogTests : EndToEndTest
         {
             string key = to is UnixDomainSocketEndPoint ? "unix" : which;
             int before = Lines(which).Count;
-            await Ask(to);
-            lines[key] = await Line(which, before);
+            TaskCompletionSource gate = new(TaskCreationOptions.RunContinuationsAsynchronously);
+            _mayAnswer = which == "long" ? gate.Task : Task.CompletedTask;
+            Task asking = Ask(to);
+            await (which == "long" ? Task.CompletedTask : asking);
+            lines[key] = await Line(which, before); // of a long one that before its end
+            gate.SetResult();
+            await asking;
         }
 
         async Task Two(string which, EndPoint to)
         {
             int before = Lines(which).Count;
+            TaskCompletionSource gate = new(TaskCreationOptions.RunContinuationsAsynchronously);
+            _mayAnswer = gate.Task;
+            int asked = _asked;
             Task first = Ask(to);
-            await Wait.Pause(50);
+            await Wait.Until(() => Volatile.Read(ref _asked) > asked, "the first to be served");
             Task second = Ask(to);
+            if (which == "late")
+            {
+                lines[which] = await Line(which, before); // of the second, which gives up
+            }
+
+            gate.SetResult();
             await Task.WhenAll(first, second);
-            lines[which] = await Line(which, which == "queued" ? before + 1 : before); // of the one that had to wait
+            if (which == "queued")
+            {
+                lines[which] = await Line(which, before + 1);
+            }
         }
 
         async Task<Match> Line(string which, int index)

@@ -217,8 +217,10 @@ public sealed class LoggingTests : EndToEndTest
     public async Task A_log_file_may_be_a_pipe()
     {
         string sh = Tool.Need("sh", "dash");
+        string ports = Given.Path("ports");
         Outcome outcome = await Tool.Run(sh, "-c",
-            "{ sleep 1; kill -TERM $$; } & exec \"$0\" 127.0.0.1:0 echo --log-file /dev/stdout", ProxyProcess.Binary);
+            $"{{ until [ -s {ports} ]; do sleep 0.05; done; kill -TERM $$; }} & "
+                + $"exec \"$0\" 127.0.0.1:0 echo --log-file /dev/stdout --port-file {ports}", ProxyProcess.Binary);
         Assert.Equal((0, string.Empty), (outcome.Status, outcome.Err));
         Assert.Contains("event=listening", outcome.Out, StringComparison.Ordinal);
         Assert.Contains("event=stopped", outcome.Out, StringComparison.Ordinal);

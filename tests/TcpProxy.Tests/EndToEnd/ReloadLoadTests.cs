@@ -115,7 +115,7 @@ public sealed class ReloadLoadTests : EndToEndTest
         string script = Given.Write("supervisor", $$"""
             cd {{Given.Folder}}
             start() {
-                (LISTEN_PID=$BASHPID exec ./binary$(($1 % 2)) -l fd:web -u {{server.Address}} -u {{server.Address}} --port-file ports$1 2>log$1) &
+                (LISTEN_PID=$BASHPID exec ./binary$(($1 % 2)) -l fd:web -u {{server.Address}} -u {{server.Address}} --drain-timeout 5m --port-file ports$1 2>log$1) &
                 new=$!
             }
             await() { for n in $(seq 6000); do "$@" && return; sleep 0.01; done; kill $new; exit 1; }

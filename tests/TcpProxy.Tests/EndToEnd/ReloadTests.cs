@@ -217,7 +217,8 @@ public sealed class ReloadTests : EndToEndTest
     {
         int checkedFirst = 0, checkedSecond = 0;
         Upstream first = Given.Server(peer => { Interlocked.Increment(ref checkedFirst); peer.Dispose(); return Task.CompletedTask; });
-        Upstream second = Given.Server(peer => { Interlocked.Increment(ref checkedSecond); peer.Dispose(); return Task.CompletedTask; });
+        Upstream second = Given.Server( // an address of its own, so that no client takes its port while it is given up
+            peer => { Interlocked.Increment(ref checkedSecond); peer.Dispose(); return Task.CompletedTask; }, new IPEndPoint(IPAddress.Parse("127.0.0.2"), 0));
         string file = Given.Write("conf", $"listen 127.0.0.1:0\nupstream {first.Address}\ncheck 100ms\ncheck-fall 1\n");
         ProxyProcess proxy = (await Given.Proxy("-c", file)).Tolerate("server");
         await Wait.Until(() => checkedFirst > 2, "checks");

@@ -9,6 +9,8 @@ namespace TcpProxy.Tests;
 
 public sealed class ShutdownTests : EndToEndTest
 {
+    private const int SigUsr2 = 12;
+
     [Theory(Timeout = Quick)]
     [InlineData(ProxyProcess.SigTerm)]
     [InlineData(ProxyProcess.SigInt)]
@@ -23,6 +25,8 @@ public sealed class ShutdownTests : EndToEndTest
 
         proxy.Signal(signal);
         Assert.Equal(1, (await proxy.Line("draining")).Number("connections"));
+        proxy.Signal(SigUsr2);
+        Assert.Matches("^running for .*, 1 connection, .*, draining$", (await proxy.Line("state"))["message"]);
         await Wait.Until(Refuses, "new connections to be refused", 5);
 
         await Task.WhenAll(server.Send(pattern, Half, Half), client.Receive(pattern, Half, Half));

@@ -80,7 +80,7 @@ public sealed class SniTests : EndToEndTest
     public async Task With_nobody_to_serve_a_client_it_is_reset_with_the_reason()
     {
         ProxyProcess proxy = await Given.Proxy(
-            "-l", "127.0.0.1:0", "--sni", "a.example", "-u", "echo", "--preread-timeout", "500ms");
+            "-l", "127.0.0.1:0", "--sni", "a.example", "-u", "echo", "--preread-timeout", "2s");
         byte[] endless = [22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff, .. new byte[16_380], 22, 3, 1, 0x40, 0, .. new byte[16_384]];
         (byte[] Bytes, string End, string Reason)[] cases =
         [

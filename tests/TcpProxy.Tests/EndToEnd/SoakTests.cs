@@ -70,6 +70,8 @@ public sealed class SoakTests : EndToEndTest
             await Wait.Pause(100);
         }
 
+        counted = await Counters(); // scur is newer than the sums beside it: who ended between them is in these
+
         // each thread of the proxy may keep one pipe
         await Wait.Until(
             () => proxy.Descriptors <= descriptors + (2 * proxy.Threads), "descriptors to be given back");

@@ -1,4 +1,5 @@
 using System;
+using System.Collections.Generic;
 using System.Diagnostics;
 using System.Globalization;
 using System.Text.RegularExpressions;
@@ -15,12 +16,32 @@ public sealed class TimeoutTests : EndToEndTest
         Upstream upstream = Given.Server();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--idle-timeout", "1s");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
-        await client.Exchange(server, "ping", "pong");
         Stopwatch clock = Stopwatch.StartNew();
+        await client.Exchange(server, "ping", "pong");
         await Task.WhenAll(client.ExpectReset(), server.ExpectReset());
         Assert.InRange(clock.ElapsedMilliseconds, 900, 4_000);
         LogLine line = await proxy.Connection(client);
         Assert.Equal(("cD", "idle timeout", 4, 4), (line.End, line.Reason, line.BytesUp, line.BytesDown));
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task What_came_while_the_process_stood_still_is_taken_before_anybody_is_late()
+    {
+        const int Count = 200, SigStop = 19, SigCont = 18;
+        ProxyProcess proxy = await Given.Proxy("-l", "127.0.0.1:0", "-u", "echo", "--sni", "a.example", "-u", "discard",
+            "--preread-timeout", "1s", "-v");
+        List<Peer> clients = [];
+        for (int i = 0; i < Count; i++)
+        {
+            clients.Add(await Given.Client(proxy));
+        }
+
+        await proxy.LinesOf("accepted", Count);
+        proxy.Signal(SigStop);
+        await Task.WhenAll(clients.ConvertAll(client => client.Send("no TLS\r\n")));
+        await Wait.Pause(2_000);
+        proxy.Signal(SigCont);
+        await Task.WhenAll(clients.ConvertAll(client => client.ReceiveText("no TLS\r\n")));
     }
 
     [Theory(Timeout = Quick)]
@@ -41,7 +62,7 @@ public sealed class TimeoutTests : EndToEndTest
     public async Task Traffic_in_one_direction_is_enough_to_stay(bool up)
     {
         Upstream upstream = Given.Server();
-        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--idle-timeout", "1s");
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--idle-timeout", "2s");
         (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
         (Peer from, Peer to) = up ? (client, server) : (server, client);
         for (int i = 0; i < 15; i++)
@@ -63,8 +84,8 @@ public sealed class TimeoutTests : EndToEndTest
     {
         Upstream upstream = Given.Echo();
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-lifetime", "2s");
-        Peer client = await Given.Client(proxy);
         Stopwatch clock = Stopwatch.StartNew();
+        Peer client = await Given.Client(proxy);
         System.Net.Sockets.SocketException? end = null;
         while (end is null && clock.ElapsedMilliseconds < 10_000)
         {

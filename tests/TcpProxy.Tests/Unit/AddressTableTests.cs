@@ -5,6 +5,7 @@ using Xunit;
 
 namespace TcpProxy.Tests;
 
+[Collection("heavy")] // memory and time are the process's: nothing beside it
 public sealed class AddressTableTests : IDisposable
 {
     private const int First = 0x7f000001; // 127.0.0.1
