@@ -164,7 +164,7 @@ internal static class Program
             Version = Help.Version,
             Answer = ControlCommand.Answer,
         };
-        Signals.TakeHangUp();
+        Signals.Prepare();
         _signals =
         [
             PosixSignalRegistration.Create(PosixSignal.SIGTERM, Heed),
@@ -1340,7 +1340,7 @@ internal static class ServiceText
         "log-file" or "pid-file" or "port-file" => [choice.Value],
         "record" => [$"{choice.Value}/"],
         "pcap" when choice.Value != "-" => [choice.Value],
-        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
+        "control" or "stats" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
         _ => [],
     };
 
@@ -1370,8 +1370,9 @@ internal static class ServiceText
         paths = paths.ConvertAll(Path.GetFullPath);
         paths.AddRange([program, folder ?? program]);
         bool isPrivileged = settings.Stats?.IsPrivileged == true || settings.Routes.Exists(route => route.Listen!.IsPrivileged);
-        bool isUnix = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
-        bool isPassed = settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
+        bool isUnix = settings.Stats?.Kind == AddressKind.Unix || settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
+        bool isPassed = settings.Stats?.Kind == AddressKind.Descriptor || settings.Control?.Kind == AddressKind.Descriptor
+            || settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
         bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
         string[] user = settings.User?.Split(':') ?? [];
         string command = Text.QuoteForSystemd(program, isProgram: true);
@@ -1798,7 +1799,7 @@ internal sealed class Proxy : IObserved
     private List<Route> _routes = []; // in force
     private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
     private readonly List<Acceptor> _watchers = []; // --stats, --control; owned; live until it has drained
-    private readonly Dictionary<string, string> _files = []; // written by us, so ours to remove; and what
+    private readonly Dictionary<string, (string Text, DateTime At)> _files = []; // written by us, so ours to remove
     private readonly Account? _account; // to be
     private readonly Supervisor _supervisor;
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
@@ -1837,7 +1838,13 @@ internal sealed class Proxy : IObserved
         List<RouteStats> all = Volatile.Read(ref _routes).ConvertAll(route => route.Look(isInForce: true));
         lock (_used)
         {
-            _used.FindAll(route => !all.Contains(route.Stats)).ForEach(route => all.Add(route.Look(isInForce: false)));
+            for (int i = _used.Count - 1; i >= 0; i--) // of those with one name, which share their counters, the latest
+            {
+                if (!all.Contains(_used[i].Stats))
+                {
+                    all.Add(_used[i].Look(isInForce: false));
+                }
+            }
         }
 
         return all;
@@ -1870,8 +1877,14 @@ internal sealed class Proxy : IObserved
         {
             StopAccepting();
             _watchers.ForEach(acceptor => acceptor.Dispose());
-            Array.ForEach([.. _files.Keys], WholeFile.Remove);
-            _used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
+            RemoveFiles();
+            List<Route> used;
+            lock (_used)
+            {
+                used = [.. _used];
+            }
+
+            used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
             Log.Stop(LastLines);
         }
 
@@ -2098,7 +2111,7 @@ internal sealed class Proxy : IObserved
         {
             Acceptor.Bind(address, Log, accepted, acceptors, left, isPrivate);
         }
-        catch (Exception e) when (e is SocketException or IOException or UnauthorizedAccessException)
+        catch (Exception e) when (e is SocketException || Text.IsOfFile(e))
         {
             throw new IOException($"{what}: cannot listen on {address.Text}: {Text.Reason(e)}"
                 + (address.IsPrivileged && e is SocketException { SocketErrorCode: SocketError.AccessDenied }
@@ -2133,9 +2146,20 @@ internal sealed class Proxy : IObserved
         // what stands there stays: it may be where only root could write (--user)
         void Write(string? path, string text)
         {
-            if (path is not null && _files.GetValueOrDefault(path) != text && WholeFile.Write(path, text))
+            if (path is not null && _files.GetValueOrDefault(path).Text != text && WholeFile.Write(path, text))
             {
-                _files[path] = text;
+                _files[path] = (text, File.GetLastWriteTimeUtc(path));
+            }
+        }
+    }
+
+    private void RemoveFiles()
+    {
+        foreach ((string path, (string _, DateTime at)) in _files)
+        {
+            if (File.GetLastWriteTimeUtc(path) == at) // or a successor, which has come while this one drained, has its own there
+            {
+                WholeFile.Remove(path);
             }
         }
     }
@@ -6044,7 +6068,7 @@ internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
             _written += bytes.Length;
             return HasFailed ? "nobody reads it" : null;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             HasFailed = true;
             Close();
@@ -6062,7 +6086,7 @@ internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
                 _stream.SetLength(HasFailed && Whole is not null ? Whole(_stream) : _stream.Length);
             }
         }
-        catch (IOException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             // a device, which has no length
         }
@@ -6307,7 +6331,7 @@ internal sealed class RecordSettings(string folder) : TapSettings
             string probe = Path.Combine(_folder, $".tcpproxy-{Text.Of(Environment.ProcessId)}");
             new FileStream(probe, FileMode.CreateNew, FileAccess.Write, FileShare.None, 1, FileOptions.DeleteOnClose).Dispose();
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new IOException($"--record: cannot write to {_folder}: {Text.Reason(e)}");
         }
@@ -6467,7 +6491,7 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         {
             _file.Open();
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new IOException($"--pcap: cannot open {File}: {Text.Reason(e)}");
         }
@@ -8179,7 +8203,7 @@ internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 6
                 request?.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
             }
 
-            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
+            tired = Math.Min(tired + (Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds), Interval); // it may have stood still
             Thread.Sleep((int)tired);
             tired -= (int)tired;
         }
@@ -8461,7 +8485,7 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
         Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
         Single("process_stopping", "Whether the process drains.", proxy.IsDraining ? "1" : "0");
-        Single("process_log_dropped_lines_total", "Log lines that nobody read in time.", Text.Of(log.DroppedInAll));
+        Single("process_log_dropped_lines_total", "Log lines that nobody read in time, or that could not be written.", Text.Of(log.DroppedInAll));
     }
 
     private void Family(string name, string help, string? type = null)
@@ -9499,6 +9523,8 @@ internal sealed class Log : IDisposable
     private Socket? _socket; // owned; null = not connected
     private long _retryAt; // TickCount64
     private long _unsent; // lines, since nobody has listened
+    private long _lost; // lines, since the file or stderr could not be written; the writer's, as the next
+    private bool _isTorn; // a part of the first of them is there
     private Thread? _writer;
 
     internal Log(LogSettings settings) => _settings = settings;
@@ -9614,7 +9640,7 @@ internal sealed class Log : IDisposable
 
     private void WriteAll()
     {
-        LogText text = new(_settings.Format, _settings is { File: null, Socket: null } && StandardStream.IsJournal);
+        LogText text = NewText();
         List<LogLine> lines = [];
         while (Take(lines))
         {
@@ -9685,6 +9711,8 @@ internal sealed class Log : IDisposable
         return true;
     }
 
+    private LogText NewText() => new(_settings.Format, _settings is { File: null, Socket: null } && StandardStream.IsJournal);
+
     private static EventLine Own(LogLevel level, string message)
     {
         EventLine line = new(level, "log", "message", message);
@@ -9699,7 +9727,7 @@ internal sealed class Log : IDisposable
         _file = _settings.File is { } file && _settings.Format != LogFormat.Off ? AppendTo(file) : null;
         before?.Dispose();
         _socket?.Dispose();
-        (_socket, _retryAt) = (null, 0);
+        (_socket, _retryAt, _isTorn) = (null, 0, false);
     }
 
     private static FileStream AppendTo(string file)
@@ -9711,7 +9739,7 @@ internal sealed class Log : IDisposable
             _ = Libc.IsThere ? Libc.Fcntl((int)opened.SafeFileHandle.DangerousGetHandle(), Libc.SetStatusFlags, Libc.Append) : 0;
             return opened;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new IOException($"--log-file: cannot open {file}: {Text.Reason(e)}");
         }
@@ -9724,32 +9752,82 @@ internal sealed class Log : IDisposable
             return;
         }
 
-        try
+        if (isShown)
         {
-            if (isShown || (_file is null && _settings.Socket is null))
-            {
-                StandardStream.TryWrite(StandardStream.Error, text.Bytes);
-            }
-            else if (_file is null)
-            {
-                Send(_settings.Socket!, text.Bytes);
-            }
-            else
-            {
-                if (_file.CanSeek)
-                {
-                    _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
-                }
-
-                _file.Write(text.Bytes);
-            }
+            StandardStream.TryWrite(StandardStream.Error, text.Bytes);
         }
-        catch (IOException)
+        else if (_settings.Socket is { } path)
         {
-            // the disk is full: traffic goes on without a log
+            Send(path, text.Bytes);
+        }
+        else
+        {
+            Append(text.Bytes);
         }
 
         text.Clear();
+    }
+
+    /// <summary>While the disk is full lines are lost, and traffic goes on without a log.</summary>
+    private void Append(ReadOnlySpan<byte> bytes)
+    {
+        if (_lost > 0)
+        {
+            LogText words = NewText();
+            words.Append(_isTorn ? "\n" : "");
+            Own(LogLevel.Warn, $"{Text.Count(_lost, "line")} dropped: the log could not be written").Format(words);
+            int said = TryAppend(words.Bytes);
+            (_lost, _isTorn) = said == words.Bytes.Length ? (0, false) : (_lost, _isTorn || said > 0);
+        }
+
+        int written = _lost > 0 ? 0 : TryAppend(bytes);
+        if (written < bytes.Length)
+        {
+            _isTorn |= written > 0 && bytes[written - 1] != '\n';
+            int lost = bytes[written..].Count((byte)'\n');
+            _lost += lost;
+            lock (_queue)
+            {
+                DroppedInAll += lost;
+            }
+        }
+    }
+
+    /// <summary>To the file, or stderr; returns how many bytes were written, as far as that is known.</summary>
+    private int TryAppend(ReadOnlySpan<byte> bytes)
+    {
+        if (_file is null)
+        {
+            return StandardStream.TryWrite(StandardStream.Error, bytes) ? bytes.Length : 0;
+        }
+
+        long start = Length();
+        try
+        {
+            if (_file.CanSeek)
+            {
+                _file.Seek(0, SeekOrigin.End); // where Libc is not there to have the system append
+            }
+
+            _file.Write(bytes);
+            return bytes.Length;
+        }
+        catch (Exception e) when (Text.IsOfFile(e))
+        {
+            return (int)Math.Clamp(Length() - start, 0, bytes.Length);
+        }
+
+        long Length()
+        {
+            try
+            {
+                return _file.CanSeek ? _file.Length : 0;
+            }
+            catch (Exception e) when (Text.IsOfFile(e))
+            {
+                return 0;
+            }
+        }
     }
 
     /// <summary>One line. While nobody listens lines are lost, and each second it is tried again.</summary>
@@ -10329,12 +10407,14 @@ internal sealed class Rest
 
 internal static class Signals
 {
-    /// <summary>Under nohup HUP comes ignored, which the runtime respects: it would not reload.</summary>
-    internal static void TakeHangUp()
+    /// <summary>Under nohup HUP comes ignored, which the runtime respects: it would not reload. A file that may not grow is
+    /// an error of a write, not the end.</summary>
+    internal static void Prepare()
     {
         if (Libc.IsThere)
         {
             _ = Libc.Signal(Libc.SigHangUp, Libc.DefaultAction);
+            _ = Libc.Signal(Libc.SigFileSize, Libc.Ignore);
         }
     }
 
@@ -10537,7 +10617,7 @@ internal static class StandardStream
             file.Write(bytes);
             return true;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             return false;
         }
@@ -10736,6 +10816,7 @@ internal static class Usage
         get
         {
             Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
+            some = some[..(int)Math.Clamp(Descriptors.Limit, 1, some.Length)]; // poll takes no more
             long limit = Libc.IsThere ? OfStatus("FDSize:") : 0;
             long open = 0;
             for (int first = 0; first < limit; first += some.Length)
@@ -10767,7 +10848,7 @@ internal static class Usage
             string line = Array.Find(text.Split('\n'), line => line.StartsWith(key, StringComparison.Ordinal)) ?? key;
             return long.TryParse(line[key.Length..].Replace(" kB", "", StringComparison.Ordinal), out long number) ? number : 0;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             return 0;
         }
@@ -10791,7 +10872,7 @@ internal static class WholeFile
                 length > most ? $"{path} is larger than {most >> 20} MB" : $"{path} has grown while it was read");
             return text.StartsWith("\ufeff"u8) ? text[3..] : text;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new FormatException($"cannot read {path}: {Text.Reason(e)}");
         }
@@ -10813,7 +10894,7 @@ internal static class WholeFile
 
             return !isDevice;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new IOException($"cannot write {path}: {Text.Reason(e)}");
         }
@@ -10829,7 +10910,7 @@ internal static class WholeFile
             File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite).Dispose();
             return false;
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             return e.HResult == (OperatingSystem.IsMacOS() ? MacNotSupported : Enxio);
         }
@@ -10841,7 +10922,7 @@ internal static class WholeFile
         {
             File.Delete(path);
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (Text.IsOfFile(e))
         {
             // it has served its purpose; whoever made it unremovable knows why
         }
@@ -11250,7 +11331,9 @@ internal static partial class Libc
     internal const int CloseOnExecSocket = 0x80000;
     internal const int Emfile = 24;
     internal const int DefaultAction = 0; // SIG_DFL
+    internal const int Ignore = 1; // SIG_IGN
     internal const int SigHangUp = 1;
+    internal const int SigFileSize = 25; // SIGXFSZ
     internal const int SigKill = 9;
     internal const int SigChild = 17;
     internal const int WaitAny = 0; // P_ALL
@@ -11770,8 +11853,13 @@ internal static class Text
         SocketException { SocketErrorCode: SocketError.TryAgain } => "name server does not answer",
         SocketException { SocketErrorCode: SocketError.AccessDenied } or UnauthorizedAccessException => "permission denied",
         FileNotFoundException or DirectoryNotFoundException => "no such file or directory",
+        ArgumentOutOfRangeException => "file too large",
         _ => e.Message.Length > 0 ? e.Message.TrimEnd('.') : e.GetType().Name,
     };
+
+    /// <summary>What a file that cannot be opened, read or written throws. One that may not grow (ulimit -f, 4 GB on FAT) is
+    /// out of range.</summary>
+    internal static bool IsOfFile(Exception e) => e is IOException or UnauthorizedAccessException or ArgumentOutOfRangeException;
 
     /// <summary>The candidate that was probably meant, or null.</summary>
     internal static string? Nearest(string word, params string[] candidates)

@@ -149,7 +149,7 @@ public sealed class CaptureTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task A_packet_is_on_stdout_at_once_and_connections_go_on_when_its_reader_has_left()
     {
-        (ProxyProcess proxy, FileStream reader) = await WithPipe("echo");
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("127.0.0.1:0", "echo", "--pcap", "-");
         Peer client = await Given.Client(proxy);
         byte[] buffer = new byte[1 << 20];
         await client.Ask("hello");
@@ -183,7 +183,7 @@ public sealed class CaptureTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task A_reader_that_stops_holds_traffic_for_some_seconds_and_no_longer()
     {
-        (ProxyProcess proxy, FileStream reader) = await WithPipe("echo");
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("127.0.0.1:0", "echo", "--pcap", "-");
         Given.Owned(reader);
         proxy.Tolerate("pcap");
         Peer client = await Given.Client(proxy);
@@ -192,6 +192,25 @@ public sealed class CaptureTests : EndToEndTest
         Assert.InRange(Environment.TickCount64 - start, 3_000, 20_000);
         Assert.Contains("reader", (await proxy.Line("pcap"))["message"], StringComparison.Ordinal);
         Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task A_stop_while_a_reload_still_waits_for_such_a_reader_is_orderly()
+    {
+        const string Plain = "listen 127.0.0.1:0\nname plain\nupstream echo\n";
+        string file = Given.Write("conf", $"{Plain}listen 127.0.0.1:0\nname captured\nupstream echo\npcap -\n");
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("-c", file);
+        Given.Owned(reader);
+        proxy.Tolerate("pcap");
+        Peer client = await Given.Client(proxy, 1);
+        await client.Send(new Pattern(1), 256 << 10).AndReceive(client, new Pattern(1), 256 << 10);
+        client.Dispose();
+        await proxy.LinesOf("connection", 1);
+        Given.Write("conf", Plain);
+        proxy.Signal(1);
+        await proxy.Line("reload");
+        Assert.Equal(0, await proxy.Stop(15));
+        Assert.Equal("stopped", proxy.Lines.Last(line => line.Event != "pcap").Event);
     }
 
     [Fact(Timeout = Slow)]
@@ -383,13 +402,13 @@ public sealed class CaptureTests : EndToEndTest
     }
 
     /// <summary>Its stdout is a pipe that the test reads.</summary>
-    private async Task<(ProxyProcess Proxy, FileStream Reader)> WithPipe(string upstream)
+    private async Task<(ProxyProcess Proxy, FileStream Reader)> WithPipe(params string[] arguments)
     {
         string pipe = Given.Path("pipe");
         (await Tool.Run("mkfifo", pipe)).Good();
         Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
         Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" >{pipe}"] };
-        ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", upstream, "--pcap", "-");
+        ProxyProcess proxy = await Given.Proxy(launch, arguments);
         return (proxy, await opening);
     }
 

@@ -54,6 +54,12 @@ public sealed class InstallServiceTests : EndToEndTest
             Assert.DoesNotContain("DynamicUser", temporary, StringComparison.Ordinal);
         }
 
+        Assert.Contains("\nSockets=tcpproxy.socket\nNonBlocking=yes\n",
+            File.ReadAllText(await Unit("127.0.0.1:8080", "echo", "--control", "fd:ctl")), StringComparison.Ordinal);
+        string watched = File.ReadAllText(await Unit("127.0.0.1:8080", "echo", "--stats", "unix:/run/tcpproxy/stats"));
+        Assert.Contains("\nRuntimeDirectory=tcpproxy\n", watched, StringComparison.Ordinal);
+        Assert.Contains("\nUMask=0007\n", watched, StringComparison.Ordinal);
+
         string activated = File.ReadAllText(await Unit("fd:web", "echo", "--drain-timeout", "off"));
         Assert.Contains("\nRequires=tcpproxy.socket\n", activated, StringComparison.Ordinal);
         Assert.Contains("\nSockets=tcpproxy.socket\nNonBlocking=yes\n", activated, StringComparison.Ordinal);

@@ -4,6 +4,7 @@ using System.Globalization;
 using System.IO;
 using System.Linq;
 using System.Text.Json;
+using System.Text.RegularExpressions;
 using System.Threading.Tasks;
 using Xunit;
 
@@ -212,6 +213,66 @@ public sealed class LoggingTests : EndToEndTest
         client.Finish();
         await client.ExpectEnd();
     }
+
+    [Theory(Timeout = Quick)]
+    [InlineData("--log-file", "")]
+    [InlineData("--log-file", "trap '' XFSZ; ")]
+    [InlineData("--pcap", "")]
+    [InlineData("--pcap", "trap '' XFSZ; ")]
+    public async Task A_file_that_may_not_grow_is_not_the_end(string option, string trap)
+    {
+        Tool.NeedLibc("files of the runtime would be too large");
+        string file = Given.Path("file");
+        ProxyProcess proxy = await Given.Proxy(Limited($"{trap}ulimit -f 1"), "127.0.0.1:0", "echo", option, file);
+        proxy.Tolerate("pcap");
+        for (int i = 0; i < 20; i++)
+        {
+            await Converse(proxy);
+        }
+
+        if (option == "--pcap")
+        {
+            Assert.Equal($"the capture {file} has ended: file too large", (await proxy.Line("pcap"))["message"]);
+        }
+
+        Assert.Equal(0, await proxy.Stop());
+        Assert.InRange(new FileInfo(file).Length, 1, 512);
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Lines_that_could_not_be_written_are_counted_and_said_and_tear_no_other()
+    {
+        const int Count = 40;
+        const string Words = " dropped: the log could not be written";
+        Tool.NeedLibc("files of the runtime would be too large");
+        string prlimit = Tool.Need("prlimit", "util-linux");
+        string curl = Tool.Need("curl", "curl");
+        string file = Given.Path("file");
+        string stats = $"127.0.0.1:{Given.FreePorts(1)}";
+        ProxyProcess proxy = await Given.Proxy(
+            Limited("ulimit -S -f 4"), "127.0.0.1:0", "echo", "--log", "json", "--log-file", file, "--stats", stats);
+        for (int i = 0; i < Count; i++)
+        {
+            await Converse(proxy);
+        }
+
+        await Wait.Until(() => Dropped() > 0, "lines to be dropped");
+        (await Tool.Run(prlimit, "--pid", $"{proxy.Id}", "--fsize=unlimited")).Good();
+        await Converse(proxy);
+        await Wait.Until(() => File.ReadAllText(file).Contains(Words, StringComparison.Ordinal), "it to be said");
+        long dropped = Dropped();
+        Assert.Equal(0, await proxy.Stop());
+        string[] lines = File.ReadAllLines(file);
+        Assert.InRange(lines.Count(line => !line.StartsWith('{') || !line.EndsWith('}')), 0, 1); // the torn one
+        Assert.Single(lines, line => line.Contains($"\"{dropped} line", StringComparison.Ordinal) && line.Contains(Words, StringComparison.Ordinal));
+        Assert.Equal(Count + 1, dropped + lines.Count(line => line.Contains("\"event\":\"connection\"", StringComparison.Ordinal) && line.EndsWith('}')));
+
+        long Dropped() => long.Parse(
+            Regex.Match(Tool.Run(curl, "-s", $"http://{stats}/metrics").GetAwaiter().GetResult().Good(), @"\n\S*log_dropped\S* (\d+)").Groups[1].Value,
+            CultureInfo.InvariantCulture);
+    }
+
+    private static Launch Limited(string limit) => new() { Before = ["sh", "-c", $"{limit}; exec \"$0\" \"$@\""] };
 
     [Fact(Timeout = Quick)]
     public async Task A_log_file_may_be_a_pipe()

@@ -165,6 +165,23 @@ public sealed class ShutdownTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task Who_drains_leaves_the_files_of_a_successor()
+    {
+        string pid = Given.Path("pid");
+        ProxyProcess old = await Given.Proxy("127.0.0.1:0", "echo", "--pid-file", pid);
+        Peer client = await Given.Client(old);
+        await client.Ask("hello");
+        old.Signal(ProxyProcess.SigTerm);
+        await old.Line("draining");
+        ProxyProcess successor = await Given.Proxy($"{old.Addresses[0]}", "echo", "--pid-file", pid);
+        client.Dispose();
+        Assert.Equal(0, await old.Exit(5));
+        Assert.Equal($"{successor.Id}\n", File.ReadAllText(pid));
+        await successor.Stop();
+        Assert.False(File.Exists(pid), "the pid file is left");
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_hangup_of_the_terminal_side_signals_is_no_crash()
     {
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo");

@@ -145,6 +145,68 @@ public sealed class StatsTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_route_that_has_been_changed_and_then_removed_is_one()
+    {
+        const string Stays = "listen 127.0.0.1:0\nname stays\nupstream echo\n";
+        const string Goes = $"{Stays}listen 127.0.0.1:0\nname goes\nupstream echo\n";
+        string file = Given.Write("conf", Goes);
+        ProxyProcess proxy = await Given.Proxy("--stats", "0", "-c", file);
+        EndPoint stats = await Stats(proxy);
+        await (await Given.Client(proxy, 1)).Ask("before");
+        await Reload($"{Goes}idle-timeout 1h\n", 1);
+        await (await Given.Client(proxy, 1)).Ask("between");
+        await Reload(Stays, 2);
+        Dictionary<string, string> metrics = await Metrics(stats); // each of them once
+        Assert.Equal("2", metrics["tcpproxy_frontend_connections_total{route=\"goes\"}"]);
+        Assert.Equal("2", metrics["tcpproxy_frontend_current_sessions{route=\"goes\"}"]);
+
+        async Task Reload(string text, int count)
+        {
+            Given.Write("conf", text);
+            proxy.Signal(1);
+            await proxy.LinesOf("reload", count);
+        }
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task Time_in_which_the_process_stood_still_is_no_work_to_rest_from()
+    {
+        ProxyProcess proxy = await Given.Proxy("--stats", "0", "127.0.0.1:0", "echo");
+        EndPoint stats = await Stats(proxy);
+        for (int i = 0; i < 10; i++)
+        {
+            bool isOver = false;
+            double longest = 0;
+            Task asking = Wait.Apart(async () =>
+            {
+                while (!Volatile.Read(ref isOver))
+                {
+                    Stopwatch clock = Stopwatch.StartNew();
+                    await Ask(stats, "/");
+                    longest = Math.Max(longest, clock.ElapsedMilliseconds);
+                }
+            });
+            await Wait.Pause(50);
+            proxy.Signal(ProxyProcess.SigStop);
+            await Wait.Pause(1_200);
+            proxy.Signal(ProxyProcess.SigCont);
+            await Wait.Pause(20);
+            Volatile.Write(ref isOver, true);
+            await asking;
+            Assert.InRange(longest, 1_100, 4_000);
+        }
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task Open_descriptors_are_counted_where_few_are_allowed()
+    {
+        Tool.NeedLibc("descriptors");
+        ProxyProcess proxy = await Given.Proxy(Launch.WithDescriptors(200), "--stats", "0", "127.0.0.1:0", "echo");
+        Dictionary<string, string> metrics = await Metrics(await Stats(proxy));
+        Assert.InRange(int.Parse(metrics["tcpproxy_process_open_fds"], CultureInfo.InvariantCulture), 5, 60);
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_route_that_a_reload_has_removed_counts_until_its_last_connection_has_ended()
     {
         string file = Given.Write("conf", "listen 127.0.0.1:0\nname stays\nupstream echo\nlisten 127.0.0.1:0\nname goes\nupstream echo\n");

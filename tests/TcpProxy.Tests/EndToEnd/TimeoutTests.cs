@@ -27,7 +27,7 @@ public sealed class TimeoutTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task What_came_while_the_process_stood_still_is_taken_before_anybody_is_late()
     {
-        const int Count = 200, SigStop = 19, SigCont = 18;
+        const int Count = 200;
         ProxyProcess proxy = await Given.Proxy("-l", "127.0.0.1:0", "-u", "echo", "--sni", "a.example", "-u", "discard",
             "--preread-timeout", "1s", "-v");
         List<Peer> clients = [];
@@ -37,10 +37,10 @@ public sealed class TimeoutTests : EndToEndTest
         }
 
         await proxy.LinesOf("accepted", Count);
-        proxy.Signal(SigStop);
+        proxy.Signal(ProxyProcess.SigStop);
         await Task.WhenAll(clients.ConvertAll(client => client.Send("no TLS\r\n")));
         await Wait.Pause(2_000);
-        proxy.Signal(SigCont);
+        proxy.Signal(ProxyProcess.SigCont);
         await Task.WhenAll(clients.ConvertAll(client => client.ReceiveText("no TLS\r\n")));
     }
 
