@@ -1729,9 +1729,12 @@ internal sealed class Route
         return Stats;
     }
 
+    internal bool WasInForce { get; private set; }
+
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
     {
+        WasInForce = true;
         Stats.Title = Title;
         Limit.Most = _old?.Settings.MaxConnections == Settings.MaxConnections ? Limit.Most : Settings.MaxConnections;
         (Line.Most, Line.Patience) = (Settings.Pool.Queue, Settings.Pool.QueueTimeout);
@@ -1802,6 +1805,7 @@ internal sealed class Proxy : IObserved
     private readonly Dictionary<string, (string Text, DateTime At)> _files = []; // written by us, so ours to remove
     private readonly Account? _account; // to be
     private readonly Supervisor _supervisor;
+    private Task _closing = Task.CompletedTask; // of taps that no route uses any more; under _used
     private readonly TaskCompletionSource _stopping = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly TaskCompletionSource _idle = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Func<int> _count; // of the connections
@@ -1840,7 +1844,7 @@ internal sealed class Proxy : IObserved
         {
             for (int i = _used.Count - 1; i >= 0; i--) // of those with one name, which share their counters, the latest
             {
-                if (!all.Contains(_used[i].Stats))
+                if (_used[i].WasInForce && !all.Contains(_used[i].Stats))
                 {
                     all.Add(_used[i].Look(isInForce: false));
                 }
@@ -1878,13 +1882,14 @@ internal sealed class Proxy : IObserved
             StopAccepting();
             _watchers.ForEach(acceptor => acceptor.Dispose());
             RemoveFiles();
-            List<Route> used;
+            Route[] used;
             lock (_used)
             {
                 used = [.. _used];
             }
 
-            used.ForEach(route => route.Settings.Taps.ForEach(tap => tap.Close()));
+            Array.ForEach(used, Forget);
+            await _closing.ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
             Log.Stop(LastLines);
         }
 
@@ -2002,7 +2007,6 @@ internal sealed class Proxy : IObserved
     private void PutInForce(Settings next)
     {
         List<Route> routes = [];
-        List<TapSettings> opened = [];
         List<Acceptor> acceptors = [];
         List<Acceptor> left = [.. _acceptors];
         List<Action> listening = [];
@@ -2013,7 +2017,7 @@ internal sealed class Proxy : IObserved
             {
                 Route? old = _routes.Find(route => route.Settings == before[routes.Count]);
                 routes.Add(old is not null && old.Settings.Is(settings) ? old : new Route(settings, Limit, Log, old));
-                OpenTaps(routes[^1].Settings, opened);
+                OpenTaps(routes[^1]);
             }
 
             foreach (Route route in routes)
@@ -2032,16 +2036,12 @@ internal sealed class Proxy : IObserved
         catch
         {
             acceptors.FindAll(acceptor => !_acceptors.Contains(acceptor)).ForEach(acceptor => acceptor.Dispose());
-            opened.ForEach(tap => tap.Close());
+            routes.FindAll(route => !_routes.Contains(route)).ForEach(Forget);
             throw;
         }
 
         List<Route> gone = _routes.FindAll(route => !routes.Contains(route));
         List<Route> added = routes.FindAll(route => !_routes.Contains(route));
-        lock (_used)
-        {
-            _used.AddRange(added);
-        }
 
         if (_routes.Count == 0)
         {
@@ -2069,27 +2069,28 @@ internal sealed class Proxy : IObserved
             string.Join(' ', route.Upstreams.ConvertAll(upstream => upstream.Address.Text)));
     }
 
-    /// <summary>One that is open, for another route or the old one, serves.</summary>
-    private void OpenTaps(RouteSettings route, List<TapSettings> opened)
+    /// <summary>One that is open, for another route or the old one, serves, and is kept open from here on.</summary>
+    private void OpenTaps(Route route)
     {
-        List<TapSettings> open = [.. opened];
+        List<TapSettings> taps = route.Settings.Taps;
+        List<TapSettings> missing;
         lock (_used)
         {
+            List<TapSettings> open = [];
             _used.ForEach(used => open.AddRange(used.Settings.Taps));
+            missing = taps.FindAll(tap => !open.Exists(tap.Is));
+            for (int i = 0; i < taps.Count; i++)
+            {
+                taps[i] = open.Find(taps[i].Is) ?? taps[i];
+            }
+
+            if (!_used.Contains(route))
+            {
+                _used.Add(route);
+            }
         }
 
-        for (int i = 0; i < route.Taps.Count; i++)
-        {
-            if (open.Find(tap => tap.Is(route.Taps[i])) is { } known)
-            {
-                route.Taps[i] = known;
-            }
-            else
-            {
-                Open(route, route.Taps[i]);
-                opened.Add(route.Taps[i]);
-            }
-        }
+        missing.ForEach(tap => Open(route.Settings, tap));
     }
 
     private void Open(RouteSettings route, TapSettings tap)
@@ -2175,12 +2176,17 @@ internal sealed class Proxy : IObserved
     {
         if (route.End())
         {
-            lock (_used)
-            {
-                _used.Remove(route);
-                route.Settings.Taps.FindAll(tap => !_used.Exists(other => other.Settings.Taps.Contains(tap))).ForEach(
-                    tap => Task.Run(tap.Close)); // which may wait for its disk (rule 6)
-            }
+            Forget(route);
+        }
+    }
+
+    private void Forget(Route route)
+    {
+        lock (_used)
+        {
+            List<TapSettings> taps = _used.Remove(route) ? route.Settings.Taps : [];
+            taps.FindAll(tap => !_used.Exists(other => other.Settings.Taps.Contains(tap))).ForEach(
+                tap => _closing = Task.WhenAll(_closing, Task.Run(tap.Close))); // which may wait for its disk (rule 6)
         }
     }
 
@@ -3131,8 +3137,19 @@ internal sealed class AccessFile
     }
 
     /// <summary>When it was written, and its length, as one number.</summary>
-    private long State() =>
-        new FileInfo(Path) is { Exists: true } file ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
+    private long State()
+    {
+        try
+        {
+            FileInfo link = new(Path);
+            FileInfo file = link.ResolveLinkTarget(returnFinalTarget: true) as FileInfo ?? link;
+            return file.Exists ? unchecked((file.LastWriteTimeUtc.Ticks * 31) + file.Length) : 0;
+        }
+        catch (Exception e) when (Text.IsOfFile(e)) // links in a circle
+        {
+            return 0;
+        }
+    }
 
     private void Read()
     {
@@ -3317,14 +3334,19 @@ internal sealed class ConnectRate(long interval, int burst)
 
     internal bool TryTake(ref long fullAt, long now)
     {
+        long most = now + (interval * burst);
         long seen, next;
         do
         {
             seen = Volatile.Read(ref fullAt);
             next = Math.Max(seen, now) + interval;
+            if (next > most && seen <= most)
+            {
+                return false;
+            }
         }
-        while (next - now <= interval * burst && Interlocked.CompareExchange(ref fullAt, next, seen) != seen);
-        return next - now <= interval * burst;
+        while (Interlocked.CompareExchange(ref fullAt, Math.Min(next, most), seen) != seen); // a slower rate before a reload was ahead
+        return next <= most;
     }
 }
 
@@ -3587,7 +3609,7 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
 
     internal Balancer Balancer { get; } = balancer;
     internal UpstreamSettings Upstream { get; private set; } = upstream;
-    internal Resolver? Resolver { get; } = resolver; // null where nothing needs to be looked up
+    internal Resolver? Resolver { get; set; } = resolver; // null where nothing needs to be looked up
     internal EndPoint[] Targets { get; } = targets; // localhost has two, the built-in servers none
     internal ServerStats Stats { get; } = new(balancer.RouteStats);
     internal string Title { get => Stats.Title; set => Stats.Title = value; } // for the log, and for Maglev
@@ -3615,6 +3637,17 @@ internal sealed class Server(Balancer balancer, UpstreamSettings upstream, Resol
         OwnWeight = next.Weight == Upstream.Weight ? OwnWeight : null;
         OwnMaxConnections = next.MaxConnections == Upstream.MaxConnections ? OwnMaxConnections : null;
         Upstream = next;
+    }
+
+    /// <summary>And for a new address of a name, where it holds for all that were known.</summary>
+    internal void Follow(List<Server> others)
+    {
+        Mode = Common(other => other.Mode);
+        OwnWeight = Common(other => other.OwnWeight);
+        OwnMaxConnections = Common(other => other.OwnMaxConnections);
+
+        T? Common<T>(Func<Server, T> of) =>
+            others.Count > 0 && others.TrueForAll(other => Equals(of(other), of(others[0]))) ? of(others[0]) : default;
     }
 
     internal bool IsUp(long now) => !IsDown || now >= Until;
@@ -3788,12 +3821,10 @@ internal sealed class Balancer(
             {
                 List<Server> others = _known.FindAll(other => other.Upstream == upstream);
                 _known.Add(server = new Server(this, upstream, resolver, targets));
-                if (others.Count > 0 && others.TrueForAll(other => other.Mode == others[0].Mode))
-                {
-                    server.Mode = others[0].Mode; // a new address of a name that is out
-                }
+                server.Follow(others);
             }
 
+            server.Resolver = resolver;
             server.Title = resolver is null || all.Length == 1 ? title : $"{title}/{targets[0]}";
             if (!servers.Contains(server))
             {
@@ -4009,7 +4040,7 @@ internal sealed class Balancer(
         server.Stats.Check = failure is null ? "passed" : failure.Words;
         lock (_gate)
         {
-            if (server.Mode == ServerMode.Maintenance)
+            if (server.Mode == ServerMode.Maintenance || settings.Check == TimeSpan.Zero)
             {
                 return; // it was on its way
             }
@@ -6505,8 +6536,12 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
 
     internal override void Close()
     {
-        _file.IsOver = true; // at first: a packet behind the end would open the file anew, empty
-        _spool.End(_file);
+        if (_file is not null) // else it was never opened
+        {
+            _file.IsOver = true; // at first: a packet behind the end would open the file anew, empty
+            _spool.End(_file);
+        }
+
         _spool.Close();
     }
 

@@ -187,6 +187,30 @@ public sealed class AccessTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_list_behind_links_is_read_again_when_it_or_a_link_changes()
+    {
+        Directory.CreateDirectory(Given.Path("one"));
+        Directory.CreateDirectory(Given.Path("two"));
+        Given.Write("one/list", "127.0.0.1\n");
+        Given.Write("two/list", "127.0.0.33\n");
+        Directory.CreateSymbolicLink(Given.Path("data"), "one"); // as Kubernetes lays out a ConfigMap
+        File.CreateSymbolicLink(Given.Path("list"), "data/list");
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--deny", $"@{Given.Path("list")}");
+        await (await From(proxy.Endpoint(), "127.0.0.22")).Ask("hello");
+
+        Given.Write("one/list", "127.0.0.22\n");
+        await proxy.LinesOf("list", 1);
+        await (await From(proxy.Endpoint(), "127.0.0.22")).ExpectEnd();
+
+        Directory.CreateSymbolicLink(Given.Path("next"), "two");
+        Directory.Move(Given.Path("data"), Given.Path("before"));
+        Directory.Move(Given.Path("next"), Given.Path("data"));
+        await proxy.Line("list", line => line.Level == "info" && proxy.Lines.Count(one => one.Event == "list") > 1);
+        await (await From(proxy.Endpoint(), "127.0.0.33")).ExpectEnd();
+        await (await From(proxy.Endpoint(), "127.0.0.22")).Ask("hello");
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task A_list_is_read_again_at_once_on_HUP()
     {
         string list = Given.Write("list", "127.0.0.7\n");

@@ -214,6 +214,29 @@ public sealed class CaptureTests : EndToEndTest
     }
 
     [Fact(Timeout = Slow)]
+    public async Task What_a_reload_has_taken_away_is_written_to_its_end()
+    {
+        const int Length = 1 << 20;
+        const string Route = "listen 127.0.0.1:0\nupstream echo\n";
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("-c", Given.Write("conf", $"{Route}pcap -\n"));
+        Peer client = await Given.Client(proxy);
+        await client.Send(new Pattern(1), Length).AndReceive(client, new Pattern(1), Length);
+        Given.Write("conf", Route);
+        proxy.Signal(1);
+        await proxy.Line("reload");
+        proxy.Signal(ProxyProcess.SigTerm);
+        await proxy.Line("draining");
+        client.Dispose();
+        await proxy.Line("stopped");
+        await Wait.Pause(1_000); // a reader that is late, but not too late
+        using MemoryStream read = new();
+        await reader.CopyToAsync(read, TestContext.Current.CancellationToken).Within("the end of the capture");
+        await reader.DisposeAsync();
+        Assert.Equal(0, await proxy.Exit());
+        Assert.Equal(2 * Length, Packets(read.ToArray()).Sum(Payload));
+    }
+
+    [Fact(Timeout = Slow)]
     public async Task A_full_disk_ends_the_capture_with_one_line_and_what_is_there_can_be_read()
     {
         Tool.NeedRoot("a file system of its own");

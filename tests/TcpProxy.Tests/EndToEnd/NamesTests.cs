@@ -1,3 +1,4 @@
+using System.Linq;
 using System.Net;
 using System.Threading.Tasks;
 using Xunit;
@@ -44,6 +45,34 @@ public sealed class NamesTests : EndToEndTest
 
         LogLine resolved = await proxy.Line("resolve");
         Assert.Equal(("info", "server.example is 127.0.0.2"), (resolved.Level, resolved["message"]));
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task What_an_administrator_said_of_a_server_holds_for_its_next_address_too()
+    {
+        (Names names, Upstream first) = await OneServer();
+        string control = Given.Path("control");
+        ProxyProcess proxy = await Given.Proxy(
+            names.Launch, "--control", $"unix:{control}", "--resolve", "1s", "--retries", "0",
+            "-l", "127.0.0.1:0", "--name", "web", "-u", $"server.example:{first.Port} name=app", "-u", "echo");
+        proxy.Tolerate("resolve");
+        await Converse(proxy);
+        Given.Echo(new IPEndPoint(IPAddress.Parse("127.0.0.2"), first.Port));
+        (await Tool.Proxy("--ctl", control, "set", "server", "web/app", "weight", "0")).Good();
+        names.Answer(IPAddress.Parse("127.0.0.2"));
+        while (!proxy.Lines.Any(line => line.Event == "resolve"))
+        {
+            await Converse(proxy);
+            await Wait.Pause(100);
+        }
+
+        int before = proxy.Lines.Count(line => line.Event == "connection");
+        for (int i = 0; i < 4; i++)
+        {
+            await Converse(proxy);
+        }
+
+        Assert.All((await proxy.LinesOf("connection", before + 4)).Skip(before), line => Assert.Equal("echo", line["upstream"]));
     }
 
     private async Task<(Names Names, Upstream Upstream)> OneServer()

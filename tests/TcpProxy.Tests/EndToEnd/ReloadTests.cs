@@ -182,6 +182,25 @@ public sealed class ReloadTests : EndToEndTest
         await (await Given.Client(proxy)).ExpectEnd();
     }
 
+    [Theory(Timeout = Quick)]
+    [InlineData("connect-rate")]
+    [InlineData("connect-rate-per-ip")]
+    public async Task A_connect_rate_that_is_raised_lets_clients_in_at_once(string option)
+    {
+        const string Route = "listen 127.0.0.1:0\nupstream echo\n";
+        ProxyProcess proxy = await Given.Proxy("-c", Given.Write("conf", $"{Route}{option} 10/m\n"));
+        for (int i = 0; i < 10; i++)
+        {
+            await (await Given.Client(proxy)).Ask("hello");
+        }
+
+        await (await Given.Client(proxy)).ExpectEnd();
+        await Reload(proxy, $"{Route}{option} 100/s\n");
+        await (await Given.Client(proxy)).Drain(10); // finds it out, and may be refused
+        await Wait.Pause(50);
+        await (await Given.Client(proxy)).Ask("hello");
+    }
+
     [Fact(Timeout = Quick)]
     public async Task Servers_that_stay_keep_their_state_and_their_connections()
     {

@@ -305,6 +305,16 @@ public sealed class BalancerTests
     }
 
     [Fact]
+    public void A_check_that_was_on_its_way_when_a_reload_ended_them_takes_no_server_down()
+    {
+        PoolSettings settings = new();
+        Balancer balancer = Make("first", ["a:1", "b:1"], settings);
+        settings.Check = TimeSpan.Zero;
+        balancer.Checked(balancer.Servers[0], Ill, 1000);
+        Assert.True(balancer.Servers[0].IsUp(1000));
+    }
+
+    [Fact]
     public void A_server_that_checks_bring_back_is_not_left_marked_by_connects_that_failed_before()
     {
         Balancer balancer = Make("first", ["a:1", "b:1"], new PoolSettings { MaxFails = 1, FailTimeout = Seconds(10) });
@@ -401,6 +411,7 @@ public sealed class BalancerTests
         string policy, IEnumerable<string> servers, PoolSettings? settings = null, int portIndex = 0)
     {
         settings ??= new PoolSettings();
+        settings.Check = Seconds(1);
         settings.Policy = Enum.Parse<Policy>(policy == "leastconn" ? "LeastConnections" : policy, ignoreCase: true);
         Log log = new(new LogSettings { Format = LogFormat.Off });
         List<UpstreamSettings> parsed = [.. servers.Select(text => UpstreamSettings.Parse( // a:1 is a name for what needs no look-up
