@@ -224,6 +224,7 @@ public sealed class CaptureTests : EndToEndTest
         Given.Write("conf", Route);
         proxy.Signal(1);
         await proxy.Line("reload");
+        await Wait.Pause(1_500); // until the client alone keeps the route
         proxy.Signal(ProxyProcess.SigTerm);
         await proxy.Line("draining");
         client.Dispose();
