@@ -5075,17 +5075,19 @@ internal abstract class Bridge : PumpOwner, ISession
         }
     }
 
-    /// <summary>Closes both sockets for the first reason that was given; whatever pends on them ends.</summary>
+    /// <summary>Closes both sockets for the first reason that was given; whatever pends on them ends. What a quota has let go on
+    /// and something else cuts off must not look whole, though.</summary>
     protected void Abort(CloseReason reason)
     {
         CloseReason first = Interlocked.CompareExchange(ref _reason, reason, null) ?? reason;
-        Close(_client, first);
-        Close(_upstream, first);
+        bool isCut = !reason.IsOrderly && (first == CloseReason.QuotaUp || first == CloseReason.QuotaDown);
+        Close(_client, first.IsOrderly && !(isCut && _down is { IsFinished: false }));
+        Close(_upstream, first.IsOrderly && !(isCut && !_up.IsFinished));
         Cancel();
 
-        static void Close(Socket? socket, CloseReason reason)
+        static void Close(Socket? socket, bool isOrderly)
         {
-            if (reason.IsOrderly)
+            if (isOrderly)
             {
                 socket?.Dispose();
             }
@@ -5702,7 +5704,7 @@ internal sealed class ByteRate(long rate)
             bool isOver = false;
             _line.RemoveAll(throttle =>
             {
-                int wanted = throttle.Wanted;
+                int wanted = (int)Math.Min(throttle.Wanted, Math.Max(1, Rate / Slices)); // a reload may have lowered it meanwhile
                 isOver |= wanted > _bytes;
                 if (isOver && wanted > 0)
                 {
@@ -6058,18 +6060,20 @@ internal sealed class DumpBlock(byte[] bytes, int length, long offset, bool isHe
 
 /// <summary>A file that the spool's thread opens with the first of its bytes, and closes; stdout where there is none to
 /// <paramref name="open"/>.</summary>
-internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say)
+internal sealed class SpoolFile(Func<FileStream>? open, Action<string?> say, StrongBox<bool>? failed = null)
 {
     private const int Ahead = 4 << 20; // bytes that a large file reserves, which makes it cheaper to write them
 
+    private readonly StrongBox<bool> _failed = failed ?? new StrongBox<bool>();
     private readonly int _slice = open is null ? 64 << 10 : 256 << 10;
     private FileStream? _stream; // owned; disposed by Close
     private long _written;
     private long _reserved;
+    private bool _isOver;
 
-    /// <summary>Nothing more is added; nor written, if that has failed.</summary>
-    internal bool IsOver { get; set; }
-    internal bool HasFailed { get; private set; }
+    /// <summary>Nothing more is added; nor written, if that has failed here or in a file before this one.</summary>
+    internal bool IsOver { get => _isOver || HasFailed; set => _isOver = value; }
+    internal bool HasFailed { get => _failed.Value; private set => _failed.Value = value; }
 
     /// <summary>Tells why there is no more of it: null when the disk does nothing.</summary>
     internal Action<string?> Say { get; } = say;
@@ -6176,6 +6180,8 @@ internal sealed class Spool(string name)
         {
             // it gets on
         }
+
+        _timer?.Dispose(); // which would hold the ring
     }
 
     /// <summary>Waits for room, in turn; it is to be used at once. False where there will be none.</summary>
@@ -6200,10 +6206,17 @@ internal sealed class Spool(string name)
         return isGiven;
     }
 
-    /// <summary>A place for the next bytes of a file; an empty one if there is none, but to whom it is promised.</summary>
+    /// <summary>A place for the next bytes of a file; an empty one where it is over, or if there is none, but to whom it is
+    /// promised.</summary>
     internal Span<byte> Add(SpoolFile file, int length, bool isPromised = false, bool isLast = false)
     {
         _promised -= isPromised ? length : 0;
+        if (file.IsOver && !isLast)
+        {
+            LetIn(); // nobody else may do that any more
+            return default;
+        }
+
         bool isOver = Size - _end < length; // the end of the ring
         int skipped = isOver ? Size - _end : 0;
         if (_used + skipped + length > Size)
@@ -6237,6 +6250,7 @@ internal sealed class Spool(string name)
         lock (Gate)
         {
             Add(file, 0, isLast: true);
+            file.IsOver = true;
         }
     }
 
@@ -6322,15 +6336,19 @@ internal sealed class Spool(string name)
             }
 
             _end = _used == 0 ? 0 : _end; // what is not used often stays in the processor's cache
-            while (_waiting.TryPeek(out (int Length, TaskCompletionSource<bool> Turn) next)
-                && _used + _promised + next.Length <= Most)
-            {
-                _waiting.Dequeue();
-                _promised += next.Length;
-                next.Turn.SetResult(true);
-            }
-
+            LetIn();
             return piece.Length == 0 && piece.IsLast;
+        }
+    }
+
+    private void LetIn()
+    {
+        while (_waiting.TryPeek(out (int Length, TaskCompletionSource<bool> Turn) next)
+            && _used + _promised + next.Length <= Most)
+        {
+            _waiting.Dequeue();
+            _promised += next.Length;
+            next.Turn.SetResult(true);
         }
     }
 
@@ -6458,7 +6476,7 @@ internal sealed class RecordTap(Spool spool, Recording recording, bool isUp) : T
 
             lock (spool.Gate)
             {
-                bytes.Span.Slice(i, length).CopyTo(spool.Add(file, length, isPromised: true));
+                bytes.Span.Slice(i, length).TryCopyTo(spool.Add(file, length, isPromised: true));
             }
         }
 
@@ -6503,7 +6521,8 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     private const int MarkEvery = 1 << 20; // bytes
 
     private readonly Spool _spool = new("pcap");
-    private readonly List<long> _marks = []; // in the file: where a block begins; under the gate, as the next five
+    private readonly StrongBox<bool> _hasFailed = new(); // of all its files: none goes on where one has stopped
+    private List<long> _marks = []; // in the file: where a block begins; under the gate, as the next five
     private SpoolFile _file = null!; // from Open on
     private long _size; // of it
     private int _files;
@@ -6538,7 +6557,6 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     {
         if (_file is not null) // else it was never opened
         {
-            _file.IsOver = true; // at first: a packet behind the end would open the file anew, empty
             _spool.End(_file);
         }
 
@@ -6569,27 +6587,27 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     {
         lock (_spool.Gate)
         {
-            if (IsOver || (flags == CaptureTap.Ack && bytes.Length == 0 && !from.HasNews))
+            if (flags == CaptureTap.Ack && bytes.Length == 0 && !from.HasNews)
             {
                 return;
             }
 
             int length = from.BlockLength(bytes.Length);
-            if (settings.Rotate > 0 && File != Stdout && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length)
+            if (settings.Rotate > 0 && !IsOver && File != Stdout && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length)
             {
                 _spool.End(_file);
                 _file = NewFile($"{File}{Text.Of(++_files)}");
                 Begin();
-                if (IsOver)
-                {
-                    return; // nothing without a head
-                }
             }
 
             Span<byte> block = _spool.Add(_file, length, isPromised);
             if (block.IsEmpty)
             {
-                _spool.GiveUp(_file, TooSlow);
+                if (!IsOver)
+                {
+                    _spool.GiveUp(_file, TooSlow);
+                }
+
                 return;
             }
 
@@ -6604,17 +6622,20 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         }
     }
 
-    private SpoolFile NewFile(string path) => new(
-        File == Stdout ? null : () => new(path, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0),
-        reason => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}"))
+    private SpoolFile NewFile(string path)
     {
-        Whole = WholeBlocks,
-    };
+        List<long> marks = _marks = [];
+        return new SpoolFile(
+            File == Stdout ? null : () => new(path, FileMode.Create, FileAccess.ReadWrite, FileShare.Read | FileShare.Delete, 0),
+            reason => _log!.Event(LogLevel.Warn, "pcap", $"the capture {File} has ended: {reason}"), _hasFailed)
+        {
+            Whole = stream => WholeBlocks(stream, marks),
+        };
+    }
 
     private void Begin()
     {
         ReadOnlySpan<byte> head = CaptureTap.FileHead();
-        _marks.Clear();
         _size = head.Length;
         if (!head.TryCopyTo(_spool.Add(_file, head.Length)))
         {
@@ -6623,19 +6644,20 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
     }
 
     /// <summary>On a full disk, what is there stays legible.</summary>
-    private long WholeBlocks(FileStream stream)
+    private long WholeBlocks(FileStream stream, List<long> marks)
     {
+        const int Least = 12; // bytes of a block
         long whole = 0;
         lock (_spool.Gate)
         {
-            whole = _marks.FindLast(mark => mark <= stream.Length);
+            whole = marks.FindLast(mark => mark <= stream.Length);
         }
 
         Span<byte> head = stackalloc byte[8];
         while (RandomAccess.Read(stream.SafeFileHandle, head, whole) == head.Length
-            && whole + BinaryPrimitives.ReadInt32LittleEndian(head[4..]) is long next && next <= stream.Length)
+            && BinaryPrimitives.ReadInt32LittleEndian(head[4..]) is >= Least and int length && whole + length <= stream.Length)
         {
-            whole = next;
+            whole += length;
         }
 
         return whole;
@@ -7230,6 +7252,11 @@ internal sealed class Latency(long latency, long jitter, Chance chance) : Tap
 
     internal override async ValueTask WriteAsync(ReadOnlyMemory<byte> bytes)
     {
+        if (_hasFailed)
+        {
+            await Line.ForEverAsync(); // or the source would be read on and on for nobody
+        }
+
         byte[] copy = ArrayPool<byte>.Shared.Rent(bytes.Length); // rule 2
         bytes.CopyTo(copy);
         long due = Stopwatch.GetTimestamp() + latency + chance.Around(jitter);
@@ -7481,6 +7508,7 @@ internal sealed class FilterTap(FilterSettings settings, Conversation about) : T
         {
             seen = _moves;
             await Task.WhenAny(_work, Task.Delay(patience, Line.Ending));
+            Line.Ending.ThrowIfCancellationRequested();
         }
         while (!_work.IsCompleted && (_moves != seen || _isHeldUp));
 
@@ -11020,12 +11048,13 @@ internal sealed class Pipe
         }
 
         int error = Marshal.GetLastPInvokeError();
-        if (Libc.IsConnectionLost(error))
+        bool isRefused = Libc.IsRefusal(error);
+        if (!isRefused && error is not (Libc.Eagain or Libc.Eintr))
         {
             throw new SocketException((int)SocketError.ConnectionReset); // splice has taken the error off the socket
         }
 
-        _isRefused |= error is not (Libc.Eagain or Libc.Eintr);
+        _isRefused |= isRefused;
         return NothingYet;
     }
 
@@ -11384,8 +11413,8 @@ internal static partial class Libc
     internal static bool IsThere { get; } =
         OperatingSystem.IsLinux() && Environment.GetEnvironmentVariable("TCPPROXY_PORTABLE") != "1";
 
-    /// <summary>EPIPE, ENETUNREACH, ECONNRESET, ENOTCONN, ETIMEDOUT, EHOSTUNREACH.</summary>
-    internal static bool IsConnectionLost(int error) => error is 32 or 101 or 104 or 107 or 110 or 113;
+    /// <summary>Of a system call, not of what it was to work on: EPERM, ENOMEM, EACCES, EINVAL, ENOSYS, EOPNOTSUPP.</summary>
+    internal static bool IsRefusal(int error) => error is 1 or 12 or 13 or 22 or 38 or 95;
 
     [StructLayout(LayoutKind.Sequential)]
     internal struct PollDescriptor
