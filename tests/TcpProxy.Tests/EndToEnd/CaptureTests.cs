@@ -195,6 +195,28 @@ public sealed class CaptureTests : EndToEndTest
     }
 
     [Fact(Timeout = Slow)]
+    public async Task All_who_wait_for_a_reader_go_on_when_it_has_left()
+    {
+        const int Count = 150;
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("127.0.0.1:0", "discard", "--pcap", "-");
+        Given.Owned(reader);
+        proxy.Tolerate("pcap");
+        Task all = Wait.Apart(() => Wait.Many(Count, Count, async i =>
+        {
+            using Peer client = await Peer.Connect(proxy.Endpoint());
+            await client.Send(new Pattern(i), 2_000_000);
+            client.Finish();
+            await client.ExpectEnd(60);
+        }));
+        await Wait.Pause(2_000); // so that all wait for room, but the proxy has not given the reader up yet
+        Assert.DoesNotContain(proxy.Lines, l => l.Event == "pcap");
+        await reader.DisposeAsync();
+        await all.Within("the end of all of them", 15);
+        Assert.All(await proxy.LinesOf("connection", Count), line => Assert.Equal(("--", 2_000_000), (line.End, line.BytesUp)));
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Slow)]
     public async Task A_stop_while_a_reload_still_waits_for_such_a_reader_is_orderly()
     {
         const string Plain = "listen 127.0.0.1:0\nname plain\nupstream echo\n";
