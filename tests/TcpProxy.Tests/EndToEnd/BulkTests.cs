@@ -1,6 +1,7 @@
 using System;
 using System.Collections.Generic;
 using System.Linq;
+using System.Net.Sockets;
 using System.Threading.Tasks;
 using Xunit;
 
@@ -48,6 +49,34 @@ public sealed class BulkTests : EndToEndTest
         {
             await peer.Receive(pattern, Gigabyte, seconds: 200);
             await peer.ExpectEnd();
+        }
+    }
+
+    [Fact(Timeout = Slow)]
+    public async Task A_stream_whose_connection_to_the_server_is_killed_is_reset_and_does_not_end()
+    {
+        Tool.NeedRoot("ss -K");
+        string ss = Tool.Need("ss", "iproute2");
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address);
+        for (int i = 0; i < 20; i++)
+        {
+            (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+            client.Socket.ReceiveBufferSize = 256 << 10; // else the queues take more than is pushed in this time
+            Task pushing = server.Push();
+            byte[] buffer = new byte[64 << 10];
+            for (int j = 0; j < 10; j++)
+            {
+                await client.ReceiveSome(buffer);
+                await Wait.Pause(20); // a slow reader: the proxy always finds more to splice
+            }
+
+            Outcome killed = await Tool.Run(ss, "-K", "dst", "127.0.0.1", "dport", "=", $":{upstream.Port}");
+            bool isKilled = await Task.WhenAny(pushing, Wait.Pause(2_000)) == pushing; // ss says so of those, too, that it cannot kill
+            Assert.SkipUnless(isKilled, $"ss -K kills nothing here (CONFIG_INET_DIAG_DESTROY): {killed.Err}");
+            Assert.Equal(SocketError.ConnectionReset, (await client.Drain(30)).Error);
+            LogLine line = await proxy.Connection(client);
+            Assert.Equal(("SD", "upstream reset"), (line.End, line.Reason));
         }
     }
 

@@ -195,6 +195,28 @@ public sealed class CaptureTests : EndToEndTest
     }
 
     [Fact(Timeout = Slow)]
+    public async Task All_who_wait_for_a_reader_go_on_when_it_has_left()
+    {
+        const int Count = 150;
+        (ProxyProcess proxy, FileStream reader) = await WithPipe("127.0.0.1:0", "discard", "--pcap", "-");
+        Given.Owned(reader);
+        proxy.Tolerate("pcap");
+        Task all = Wait.Apart(() => Wait.Many(Count, Count, async i =>
+        {
+            using Peer client = await Peer.Connect(proxy.Endpoint());
+            await client.Send(new Pattern(i), 2_000_000);
+            client.Finish();
+            await client.ExpectEnd(60);
+        }));
+        await Wait.Pause(2_000); // so that all wait for room, but the proxy has not given the reader up yet
+        Assert.DoesNotContain(proxy.Lines, l => l.Event == "pcap");
+        await reader.DisposeAsync();
+        await all.Within("the end of all of them", 15);
+        Assert.All(await proxy.LinesOf("connection", Count), line => Assert.Equal(("--", 2_000_000), (line.End, line.BytesUp)));
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Fact(Timeout = Slow)]
     public async Task A_stop_while_a_reload_still_waits_for_such_a_reader_is_orderly()
     {
         const string Plain = "listen 127.0.0.1:0\nname plain\nupstream echo\n";
@@ -240,12 +262,7 @@ public sealed class CaptureTests : EndToEndTest
     [Fact(Timeout = Slow)]
     public async Task A_full_disk_ends_the_capture_with_one_line_and_what_is_there_can_be_read()
     {
-        Tool.NeedRoot("a file system of its own");
-        string disk = Directory.CreateDirectory(Given.Path("disk")).FullName;
-        Outcome mounted = await Tool.Run("mount", "-t", "tmpfs", "-o", "size=1m", "none", disk);
-        Assert.SkipUnless(mounted.Status == 0, $"cannot mount here: {mounted.Err}");
-        Given.AtEnd(() => Tool.Run("umount", "-l", disk));
-        string file = Path.Combine(disk, "full.pcapng");
+        string file = Path.Combine(await Disk("1m"), "full.pcapng");
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--pcap", file);
         proxy.Tolerate("pcap");
         for (int i = 0; i < 3; i++)
@@ -260,6 +277,54 @@ public sealed class CaptureTests : EndToEndTest
         Assert.Contains("space", line["message"], StringComparison.Ordinal);
         Assert.All(await proxy.LinesOf("connection", 3), connection => Assert.Equal("--", connection.End));
         Assert.InRange(Packets(await File.ReadAllBytesAsync(file, TestContext.Current.CancellationToken)).Count, 10, 1_000);
+        Assert.Single(proxy.Lines, l => l.Event == "pcap");
+    }
+
+    [Theory(Timeout = Slow)]
+    [InlineData(0)] // read as the length of a block, this would be none
+    [InlineData(0x7f)] // behind the end
+    [InlineData(0x80)] // before the beginning
+    public async Task A_disk_that_is_full_in_a_file_before_the_newest_leaves_whole_blocks(int fill)
+    {
+        const int Rotate = 1200 << 10;
+        const int Length = 4_650_000; // with its heads, three files and of the fourth more than a megabyte
+        const int Room = 1_120_000; // for the third: more than a megabyte, and not all
+        string disk = await Disk("8m");
+        string file = Path.Combine(disk, "c");
+        (await Tool.Run("mkfifo", $"{file}1")).Good(); // holds up the writer, as a slow disk would
+        Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream($"{file}1", FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
+        ProxyProcess proxy = await Given.Proxy(
+            "127.0.0.1:0", "discard", "--toxic", "slicer average_size=4000 size_variation=2000 delay=0 stream=upstream", // no two files alike
+            "--pcap", file, "--pcap-rotate", "1200k");
+        proxy.Tolerate("pcap");
+        byte[] bytes = new byte[Length];
+        Array.Fill(bytes, (byte)fill);
+        Peer client = await Given.Client(proxy);
+        Task sending = client.Send(bytes);
+        FileStream reader = Given.Owned(await opening.Within("the writer of the second file"));
+        await reader.ReadExactlyAsync(new byte[1_100_000], TestContext.Current.CancellationToken); // nearly all: the others find room behind it
+        await sending;
+        client.Finish();
+        await client.ExpectEnd();
+        await proxy.Connection(client);
+        Assert.InRange(new FileInfo(file).Length, Rotate - 10_000, Rotate);
+        Assert.False(File.Exists($"{file}2"));
+        Assert.DoesNotContain(proxy.Lines, l => l.Event == "pcap");
+
+        await File.WriteAllBytesAsync(
+            Path.Combine(disk, "other"), new byte[new DriveInfo(disk).AvailableFreeSpace - Room], TestContext.Current.CancellationToken);
+        await reader.CopyToAsync(Stream.Null, TestContext.Current.CancellationToken).Within("the end of the second file", 10);
+        Assert.Contains("space", (await proxy.Line("pcap", seconds: 10))["message"], StringComparison.Ordinal);
+        Peer second = await Given.Client(proxy);
+        await second.Send(bytes);
+        second.Finish();
+        await second.ExpectEnd();
+        Assert.Equal(0, await proxy.Stop());
+        byte[] third = await File.ReadAllBytesAsync($"{file}2", TestContext.Current.CancellationToken);
+        Assert.InRange(third.Length, 1 << 20, Room);
+        Assert.InRange(Packets(third).Count, 200, 1_000);
+        Assert.All( // nothing behind the gap
+            Directory.GetFiles(disk, "c*").Except([file, $"{file}1", $"{file}2"]), later => Assert.Equal(0, new FileInfo(later).Length));
         Assert.Single(proxy.Lines, l => l.Event == "pcap");
     }
 
@@ -423,6 +488,17 @@ public sealed class CaptureTests : EndToEndTest
                 await to.ExpectEnd();
             }
         }
+    }
+
+    /// <summary>A file system of its own, of that size.</summary>
+    private async Task<string> Disk(string size)
+    {
+        Tool.NeedRoot("a file system of its own");
+        string disk = Directory.CreateDirectory(Given.Path("disk")).FullName;
+        Outcome mounted = await Tool.Run("mount", "-t", "tmpfs", "-o", $"size={size}", "none", disk);
+        Assert.SkipUnless(mounted.Status == 0, $"cannot mount here: {mounted.Err}");
+        Given.AtEnd(() => Tool.Run("umount", "-l", disk));
+        return disk;
     }
 
     /// <summary>Its stdout is a pipe that the test reads.</summary>

@@ -5,6 +5,7 @@ using System.IO;
 using System.IO.Compression;
 using System.Linq;
 using System.Text;
+using System.Threading;
 using System.Threading.Tasks;
 using Xunit;
 
@@ -425,6 +426,47 @@ public sealed class FilterTests : EndToEndTest
         Assert.Equal("filter not started: No such file or directory", line.Reason);
         File.CreateSymbolicLink(program, "/bin/cat");
         await (await Given.Client(proxy)).Ask("x\n");
+    }
+
+    [Fact(Timeout = Quick)]
+    public async Task A_reset_while_the_last_of_a_filter_waits_for_a_capture_costs_no_processor_time()
+    {
+        const int Length = 3_500_000; // so much that the capture's buffer is full, and all the same the client can finish
+        string pipe = Given.Path("pipe");
+        (await Tool.Run("mkfifo", pipe)).Good();
+        Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
+        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" >{pipe}"] };
+        Upstream server = Given.Server();
+        ProxyProcess proxy = await Given.Proxy(
+            launch, "127.0.0.1:0", server.Address, "--threads", "1", "--filter-up", "cat", "--pcap", "-");
+        FileStream reader = Given.Owned(await opening);
+        (Peer client, Peer upstream) = await Given.Bridge(proxy, server);
+        long received = 0;
+        Task draining = Wait.Apart(async () =>
+        {
+            byte[] buffer = new byte[1 << 16];
+            await Record.ExceptionAsync(async () =>
+            {
+                for (int count; (count = await upstream.ReceiveSome(buffer)) > 0;)
+                {
+                    Interlocked.Add(ref received, count);
+                }
+            });
+        });
+        await client.Send(new Pattern(1), Length);
+        client.Finish();
+        Assert.InRange(await Wait.UntilStill(() => Interlocked.Read(ref received), "the capture is full"), 1, Length - 1);
+        upstream.Reset();
+        await draining;
+        await client.ExpectReset(); // the proxy knows
+        double before = proxy.Processor;
+        await Wait.Pause(1_000); // less than the capture's patience
+        Assert.InRange(proxy.Processor - before, 0, 300);
+        _ = Wait.Apart(() => reader.CopyToAsync(Stream.Null, TestContext.Current.CancellationToken));
+        Task<Peer> accepted = server.Accept();
+        Peer second = await Given.Client(proxy);
+        await second.Send("hello");
+        await (await accepted.Within("the second client's connection", 5)).ReceiveText("hello");
     }
 
     [Fact(Timeout = Quick)]

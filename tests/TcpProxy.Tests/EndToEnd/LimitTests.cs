@@ -73,6 +73,23 @@ public sealed class LimitTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task After_the_quota_a_reset_by_the_server_is_no_end_of_its_answer()
+    {
+        Upstream upstream = Given.Server();
+        ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", upstream.Address, "--max-bytes-up", "10");
+        (Peer client, Peer server) = await Given.Bridge(proxy, upstream);
+        await client.Send("0123456789abcdefghij");
+        client.Finish(); // nothing pends on its socket, and the runtime has no reason of its own to reset it
+        Assert.Equal("0123456789", Encoding.ASCII.GetString(await server.ReceiveToEnd()));
+        await server.Send(new byte[100_000]);
+        await client.Receive(1_000);
+        server.Reset();
+        await client.ExpectReset();
+        LogLine line = await proxy.Connection(client);
+        Assert.Equal(("PD", "byte quota up", 10), (line.End, line.Reason, line.BytesUp));
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Below_the_quota_nothing_is_different()
     {
         Upstream upstream = Given.Echo();

@@ -379,6 +379,30 @@ public sealed class ReloadTests : EndToEndTest
         async Task<string> Tell(string command) => (await Tool.Proxy("--ctl", control, command)).Good();
     }
 
+    [Fact(Timeout = Quick)]
+    public async Task A_stream_that_waits_for_its_rate_goes_on_when_that_is_lowered()
+    {
+        const int Mega = 1 << 20;
+        long received = 0;
+        Upstream upstream = Given.Server(async peer =>
+        {
+            byte[] buffer = new byte[Mega];
+            for (int count; (count = await peer.ReceiveSome(buffer)) > 0;)
+            {
+                Interlocked.Add(ref received, count);
+            }
+        });
+        string route = $"listen 127.0.0.1:0\nname web\nupstream {upstream.Address}\n";
+        string file = Given.Write("conf", $"{route}rate-total-up 10m/s\n");
+        ProxyProcess proxy = await Given.Proxy("-c", file);
+        Peer client = await Given.Client(proxy);
+        _ = client.Push();
+        await Wait.Until(() => Interlocked.Read(ref received) > 3 * Mega, "a stream at the first rate");
+        await Reload(proxy, $"{route}rate-total-up 1m/s\n", "~ route web: rate-total-up 10m/s -> 1m/s");
+        long before = Interlocked.Read(ref received);
+        await Wait.Until(() => Interlocked.Read(ref received) > before + (2 * Mega), "a stream at the second rate", 10);
+    }
+
     // ---- helpers
 
     /// <summary>Writes the file, says HUP, and waits for what is said of it; a * stands for anything.</summary>

@@ -397,6 +397,28 @@ public sealed class ToxicTests : EndToEndTest
     }
 
     [Fact(Timeout = Quick)]
+    public async Task A_server_that_has_finished_and_gone_is_noticed_behind_latency()
+    {
+        Line line = await Toxic("latency latency=20 stream=upstream", "upstream");
+        await line.From.Send("x");
+        await line.To.ReceiveText("x");
+        line.To.Finish();
+        await line.From.ExpectEnd();
+        line.To.Dispose(); // what comes now is answered with RST
+        Task<SocketException> failure = Assert.ThrowsAsync<SocketException>(async () =>
+        {
+            while (true)
+            {
+                await line.From.Send(new byte[1 << 10]);
+                await Wait.Pause(10); // there is always more to come
+            }
+        });
+        await failure.Within("a reset of who goes on sending", 10);
+        LogLine log = await line.Proxy.Connection(line.Client);
+        Assert.Equal(("SD", "upstream reset"), (log.End, log.Reason));
+    }
+
+    [Fact(Timeout = Quick)]
     public async Task Idle_and_fin_timeouts_still_hold()
     {
         Line idle = await Toxic("latency latency=1h", "downstream", "--idle-timeout", "1s");

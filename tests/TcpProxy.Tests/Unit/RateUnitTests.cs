@@ -65,5 +65,16 @@ public sealed class RateUnitTests
         }
     }
 
+    [Fact(Timeout = 20_000)]
+    public async Task Who_waits_for_more_than_a_lowered_rate_ever_holds_gets_what_it_holds()
+    {
+        ByteRate rate = new(1 << 20);
+        using Socket socket = NewSocket();
+        Task<int> wait = Throttle.Of(socket, [rate])!.TakeAsync(65_536).AsTask(); // 10 ms of a rate that is soon no more
+        Assert.False(wait.IsCompleted);
+        rate.Rate = 1_000;
+        Assert.InRange(await wait.Within("a turn at the new rate", 5), 1, 50);
+    }
+
     private static Socket NewSocket() => new(AddressFamily.InterNetwork, SocketType.Stream, ProtocolType.Tcp);
 }

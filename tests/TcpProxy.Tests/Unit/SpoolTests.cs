@@ -1,5 +1,6 @@
 using System;
 using System.IO;
+using System.Runtime.CompilerServices;
 using System.Threading;
 using System.Threading.Tasks;
 using Xunit;
@@ -35,6 +36,28 @@ public sealed class SpoolTests
         finally
         {
             disk.Set();
+        }
+    }
+
+    [Fact]
+    public void One_that_is_closed_is_garbage()
+    {
+        WeakReference spool = Closed();
+        for (int i = 0; i < 10 && spool.IsAlive; i++)
+        {
+            GC.Collect();
+            GC.WaitForPendingFinalizers();
+        }
+
+        Assert.False(spool.IsAlive, "something holds it, and its 4 MB");
+
+        [MethodImpl(MethodImplOptions.NoInlining)] // its locals would live as long as the test
+        static WeakReference Closed()
+        {
+            Spool spool = new("test");
+            spool.Open();
+            spool.Close();
+            return new WeakReference(spool);
         }
     }
 }
