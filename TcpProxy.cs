@@ -1370,9 +1370,10 @@ internal static class ServiceText
         paths = paths.ConvertAll(Path.GetFullPath);
         paths.AddRange([program, folder ?? program]);
         bool isPrivileged = settings.Stats?.IsPrivileged == true || settings.Routes.Exists(route => route.Listen!.IsPrivileged);
-        bool isUnix = settings.Stats?.Kind == AddressKind.Unix || settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Unix);
-        bool isPassed = settings.Stats?.Kind == AddressKind.Descriptor || settings.Control?.Kind == AddressKind.Descriptor
-            || settings.Routes.Exists(route => route.Listen!.Kind == AddressKind.Descriptor);
+        List<AddressKind> listens = settings.Routes.ConvertAll(route => route.Listen!.Kind);
+        listens.AddRange(settings.Stats is { } stats ? [stats.Kind] : []);
+        bool isUnix = listens.Contains(AddressKind.Unix);
+        bool isPassed = listens.Contains(AddressKind.Descriptor) || settings.Control?.Kind == AddressKind.Descriptor;
         bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
         string[] user = settings.User?.Split(':') ?? [];
         string command = Text.QuoteForSystemd(program, isProgram: true);
@@ -3345,7 +3346,7 @@ internal sealed class ConnectRate(long interval, int burst)
                 return false;
             }
         }
-        while (Interlocked.CompareExchange(ref fullAt, Math.Min(next, most), seen) != seen); // a slower rate before a reload was ahead
+        while (Interlocked.CompareExchange(ref fullAt, Math.Min(next, most), seen) != seen); // a slower rate may have left more
         return next <= most;
     }
 }
@@ -6593,7 +6594,8 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
             }
 
             int length = from.BlockLength(bytes.Length);
-            if (settings.Rotate > 0 && !IsOver && File != Stdout && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length)
+            bool isFull = settings.Rotate > 0 && _size + length > settings.Rotate && _size > CaptureTap.FileHead().Length;
+            if (isFull && !IsOver && File != Stdout)
             {
                 _spool.End(_file);
                 _file = NewFile($"{File}{Text.Of(++_files)}");
@@ -8266,7 +8268,8 @@ internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 6
                 request?.TrySetResult("HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"u8.ToArray());
             }
 
-            tired = Math.Min(tired + (Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds), Interval); // it may have stood still
+            tired += Pause * Stopwatch.GetElapsedTime(began).TotalMilliseconds;
+            tired = Math.Min(tired, Interval); // the process may have stood still
             Thread.Sleep((int)tired);
             tired -= (int)tired;
         }
@@ -8548,7 +8551,8 @@ internal sealed class StatsPage(IObserved proxy, Log log, LogText text, params s
         Known("process_open_fds", "Open descriptors.", Usage.OpenDescriptors);
         Known("process_max_fds", "Descriptors allowed.", Descriptors.Limit);
         Single("process_stopping", "Whether the process drains.", proxy.IsDraining ? "1" : "0");
-        Single("process_log_dropped_lines_total", "Log lines that nobody read in time, or that could not be written.", Text.Of(log.DroppedInAll));
+        Single("process_log_dropped_lines_total", "Log lines that nobody read in time, or that could not be written.",
+            Text.Of(log.DroppedInAll));
     }
 
     private void Family(string name, string help, string? type = null)
