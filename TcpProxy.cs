@@ -2150,7 +2150,7 @@ internal sealed class Proxy : IObserved
         {
             if (path is not null && _files.GetValueOrDefault(path).Text != text && WholeFile.Write(path, text))
             {
-                _files[path] = (text, File.GetLastWriteTimeUtc(path));
+                _files[path] = (text, WholeFile.WrittenAt(path));
             }
         }
     }
@@ -2159,7 +2159,7 @@ internal sealed class Proxy : IObserved
     {
         foreach ((string path, (string _, DateTime at)) in _files)
         {
-            if (File.GetLastWriteTimeUtc(path) == at) // or a successor, which has come while this one drained, has its own there
+            if (WholeFile.WrittenAt(path) == at) // or a successor, which has come while this one drained, has its own there
             {
                 WholeFile.Remove(path);
             }
@@ -10964,6 +10964,19 @@ internal static class WholeFile
         catch (Exception e) when (Text.IsOfFile(e))
         {
             throw new IOException($"cannot write {path}: {Text.Reason(e)}");
+        }
+    }
+
+    /// <summary>Some time long ago for what is not there, or not ours to look at.</summary>
+    internal static DateTime WrittenAt(string path)
+    {
+        try
+        {
+            return File.GetLastWriteTimeUtc(path);
+        }
+        catch (Exception e) when (Text.IsOfFile(e))
+        {
+            return default;
         }
     }
 
