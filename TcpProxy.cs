@@ -1706,6 +1706,9 @@ internal sealed class Route
     /// <summary>It needs no first bytes.</summary>
     internal bool IsPlain { get; }
 
+    /// <summary>Or is: else it belongs to a reload that may still fail.</summary>
+    internal bool WasInForce { get; private set; }
+
     /// <summary>Which of the route's connections it is, where taps want to know.</summary>
     internal long NextNumber() => Settings.Taps.Count == 0 ? 0 : Interlocked.Increment(ref _numbers);
 
@@ -1729,8 +1732,6 @@ internal sealed class Route
         (Stats.Servers, Stats.Queued, Stats.MaxConnections, Stats.IsInForce) = (servers, queued, Limit.Most, isInForce);
         return Stats;
     }
-
-    internal bool WasInForce { get; private set; }
 
     /// <summary>From now on what it shares with the old one goes by its settings.</summary>
     internal void PutInForce()
@@ -1801,7 +1802,7 @@ internal sealed class Proxy : IObserved
     private readonly Lock _changing = new(); // held while what follows changes
     private List<Acceptor> _acceptors = []; // owned; disposed by StopAccepting
     private List<Route> _routes = []; // in force
-    private readonly List<Route> _used = []; // and those with clients, whose taps are open; under itself
+    private readonly List<Route> _used = []; // and those with clients, or soon in force, whose taps are open; under itself
     private readonly List<Acceptor> _watchers = []; // --stats, --control; owned; live until it has drained
     private readonly Dictionary<string, (string Text, DateTime At)> _files = []; // written by us, so ours to remove
     private readonly Account? _account; // to be
@@ -2077,6 +2078,11 @@ internal sealed class Proxy : IObserved
         List<TapSettings> missing;
         lock (_used)
         {
+            if (_used.Contains(route))
+            {
+                return; // it is in force, and its connections go through the list
+            }
+
             List<TapSettings> open = [];
             _used.ForEach(used => open.AddRange(used.Settings.Taps));
             missing = taps.FindAll(tap => !open.Exists(tap.Is));
@@ -2085,10 +2091,7 @@ internal sealed class Proxy : IObserved
                 taps[i] = open.Find(taps[i].Is) ?? taps[i];
             }
 
-            if (!_used.Contains(route))
-            {
-                _used.Add(route);
-            }
+            _used.Add(route);
         }
 
         missing.ForEach(tap => Open(route.Settings, tap));
@@ -6154,7 +6157,7 @@ internal sealed class Spool(string name)
     private bool _isFailing; // which has been said, until something is written
 
     private byte[] _ring = [];
-    private Timer? _timer; // owned, until the process ends
+    private Timer? _timer; // owned; disposed by Close
     private Thread? _writer;
 
     /// <summary>Held while what Add has returned is filled.</summary>
@@ -6574,13 +6577,16 @@ internal sealed class Capture(string file, CaptureSettings settings) : TapSettin
         }
     }
 
-    /// <summary>Waits for room for packets of so many bytes together.</summary>
-    internal async ValueTask RoomAsync(int length)
+    /// <summary>Waits for room for packets of so many bytes together. False where there will be none: it is over.</summary>
+    internal async ValueTask<bool> RoomAsync(int length)
     {
-        if (!await _spool.RoomAsync(length))
+        bool isPromised = await _spool.RoomAsync(length);
+        if (!isPromised)
         {
             _spool.GiveUp(_file, File == Stdout ? "its reader has stopped reading" : "its disk has stopped");
         }
+
+        return isPromised;
     }
 
     /// <summary>A packet from one side of a connection. An acknowledgement of nothing new is left out.</summary>
@@ -6732,8 +6738,8 @@ internal sealed class CaptureTap : Tap
         for (int i = 0, next; i < bytes.Length && !_capture.IsOver; i = next)
         {
             next = Math.Min(i + MostPayload, bytes.Length);
-            await _capture.RoomAsync(BlockLength(next - i));
-            _capture.Add(this, next < bytes.Length ? Ack : Push | Ack, bytes.Span[i..next], isPromised: true);
+            bool isPromised = await _capture.RoomAsync(BlockLength(next - i));
+            _capture.Add(this, next < bytes.Length ? Ack : Push | Ack, bytes.Span[i..next], isPromised);
         }
 
         await Next.WriteAsync(bytes);
@@ -8176,7 +8182,8 @@ internal abstract class SideServer(int most, Log log)
 // ---- --stats
 
 /// <summary>--stats: an HTTP server of four pages, one request a connection. A thread of its own samples and writes all
-/// answers, and rests four times as long as it has worked: no crowd of visitors takes a processor from the traffic.</summary>
+/// answers, and rests four times as long as it has worked, up to two seconds: no crowd of visitors takes a processor from the
+/// traffic.</summary>
 internal sealed class StatsServer(IObserved proxy, Log log) : SideServer(most: 64, log)
 {
     private const int RequestTime = 5000; // ms
@@ -9850,7 +9857,7 @@ internal sealed class Log : IDisposable
         int written = _lost > 0 ? 0 : TryAppend(bytes);
         if (written < bytes.Length)
         {
-            _isTorn |= written > 0 && bytes[written - 1] != '\n';
+            _isTorn |= _file is null || (written > 0 && bytes[written - 1] != '\n'); // of stderr nobody knows
             int lost = bytes[written..].Count((byte)'\n');
             _lost += lost;
             lock (_queue)
@@ -10399,7 +10406,7 @@ internal static class Sweep
         Watched[] seen = [];
         Rest rest = new();
         bool isQuiet = false;
-        long woke = 0;
+        long woke = Environment.TickCount64;
         while (true)
         {
             int pause = IsEmpty() ? rest.IsDue ? Rest.Quiet : Timeout.Infinite
@@ -10408,7 +10415,7 @@ internal static class Sweep
             long now = Environment.TickCount64;
             bool isStop = now >= Volatile.Read(ref _stopAllAt);
             bool hasStalled = pause > 0 && now - woke > 2 * pause;
-            woke = now;
+            woke = hasStalled ? long.MaxValue : now; // but never twice in a row: who is always late must look as well
             isQuiet = !hasStalled;
             if (hasStalled && !isStop)
             {
@@ -10882,8 +10889,9 @@ internal static class Usage
     {
         get
         {
-            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[256];
-            some = some[..(int)Math.Clamp(Descriptors.Limit, 1, some.Length)]; // poll takes no more
+            const int Most = 256;
+            Span<Libc.PollDescriptor> some = stackalloc Libc.PollDescriptor[Most];
+            some = Descriptors.Limit is > 0 and < Most and long few ? some[..(int)few] : some; // poll takes no more
             long limit = Libc.IsThere ? OfStatus("FDSize:") : 0;
             long open = 0;
             for (int first = 0; first < limit; first += some.Length)

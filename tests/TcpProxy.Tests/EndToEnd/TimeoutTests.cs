@@ -44,6 +44,26 @@ public sealed class TimeoutTests : EndToEndTest
         await Task.WhenAll(clients.ConvertAll(client => client.ReceiveText("no TLS\r\n")));
     }
 
+    [Fact(Timeout = Slow)]
+    public async Task Who_is_late_is_late_even_where_the_process_stands_still_again_and_again()
+    {
+        ProxyProcess proxy = await Given.Proxy(
+            "-l", "127.0.0.1:0", "-u", "echo", "--sni", "a.example", "-u", "discard", "--preread-timeout", "200ms");
+        Peer client = await Given.Client(proxy);
+        Task end = client.ExpectReset();
+        Stopwatch clock = Stopwatch.StartNew();
+        while (!end.IsCompleted && clock.ElapsedMilliseconds < 15_000)
+        {
+            proxy.Signal(ProxyProcess.SigStop); // as by cpulimit, or at the end of a small quota
+            await Wait.Pause(100);
+            proxy.Signal(ProxyProcess.SigCont);
+            await Wait.Pause(2);
+        }
+
+        Assert.True(end.IsCompleted, "it was never late");
+        await end;
+    }
+
     [Theory(Timeout = Quick)]
     [InlineData("echo")]
     [InlineData("discard")]
