@@ -1340,7 +1340,7 @@ internal static class ServiceText
         "log-file" or "pid-file" or "port-file" => [choice.Value],
         "record" => [$"{choice.Value}/"],
         "pcap" when choice.Value != "-" => [choice.Value],
-        "control" or "stats" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
+        "control" when choice.Value.StartsWith("unix:", StringComparison.Ordinal) => [choice.Value["unix:".Length..]],
         _ => [],
     };
 
@@ -1362,18 +1362,19 @@ internal static class ServiceText
         settings.Routes.ForEach(route => choices.AddRange(route.Choices));
         List<string> written = [];
         choices.ForEach(choice => written.AddRange(Written(choice)));
-        settings.Routes.ForEach(route => written.AddRange(route.Listen!.Kind == AddressKind.Unix ? [route.Listen.Host] : []));
+        List<ListenAddress> listens = settings.Routes.ConvertAll(route => route.Listen!);
+        listens.AddRange(settings.Stats is { } stats ? [stats] : []);
+        listens.ForEach(listen => written.AddRange(listen.Kind == AddressKind.Unix ? [listen.Host] : []));
         List<string> paths = [.. written, .. settings.AccessFiles.Keys, settings.ConfigFile ?? program];
         settings.Routes.ForEach(route => paths.AddRange(
             route.Upstreams.FindAll(server => server.Kind == AddressKind.Unix).ConvertAll(server => server.Address.Host)));
         string? folder = paths.Exists(path => !Path.IsPathRooted(path)) ? Environment.CurrentDirectory : null;
         paths = paths.ConvertAll(Path.GetFullPath);
         paths.AddRange([program, folder ?? program]);
-        bool isPrivileged = settings.Stats?.IsPrivileged == true || settings.Routes.Exists(route => route.Listen!.IsPrivileged);
-        List<AddressKind> listens = settings.Routes.ConvertAll(route => route.Listen!.Kind);
-        listens.AddRange(settings.Stats is { } stats ? [stats.Kind] : []);
-        bool isUnix = listens.Contains(AddressKind.Unix);
-        bool isPassed = listens.Contains(AddressKind.Descriptor) || settings.Control?.Kind == AddressKind.Descriptor;
+        bool isPrivileged = listens.Exists(listen => listen.IsPrivileged);
+        bool isUnix = listens.Exists(listen => listen.Kind == AddressKind.Unix);
+        bool isPassed = settings.Control?.Kind == AddressKind.Descriptor
+            || listens.Exists(listen => listen.Kind == AddressKind.Descriptor);
         bool isFiltering = settings.Routes.Exists(route => route.Taps.Exists(tap => tap is FilterSettings));
         string[] user = settings.User?.Split(':') ?? [];
         string command = Text.QuoteForSystemd(program, isProgram: true);
@@ -1884,13 +1885,11 @@ internal sealed class Proxy : IObserved
             StopAccepting();
             _watchers.ForEach(acceptor => acceptor.Dispose());
             RemoveFiles();
-            Route[] used;
             lock (_used)
             {
-                used = [.. _used];
+                Array.ForEach([.. _used], Forget);
             }
 
-            Array.ForEach(used, Forget);
             await _closing.ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
             Log.Stop(LastLines);
         }
@@ -2085,12 +2084,12 @@ internal sealed class Proxy : IObserved
 
             List<TapSettings> open = [];
             _used.ForEach(used => open.AddRange(used.Settings.Taps));
-            missing = taps.FindAll(tap => !open.Exists(tap.Is));
             for (int i = 0; i < taps.Count; i++)
             {
                 taps[i] = open.Find(taps[i].Is) ?? taps[i];
             }
 
+            missing = taps.FindAll(tap => !open.Contains(tap));
             _used.Add(route);
         }
 
@@ -9596,8 +9595,7 @@ internal sealed class Log : IDisposable
     private FileStream? _file; // owned; the writer's, as the next three; null = stderr, or a socket
     private Socket? _socket; // owned; null = not connected
     private long _retryAt; // TickCount64
-    private long _unsent; // lines, since nobody has listened
-    private long _lost; // lines, since the file or stderr could not be written; the writer's, as the next
+    private long _lost; // lines, since nobody has listened, or nothing could be written; the writer's, as the next
     private bool _isTorn; // a part of the first of them is there
     private Thread? _writer;
 
@@ -9847,23 +9845,16 @@ internal sealed class Log : IDisposable
     {
         if (_lost > 0)
         {
-            LogText words = NewText();
-            words.Append(_isTorn ? "\n" : "");
-            Own(LogLevel.Warn, $"{Text.Count(_lost, "line")} dropped: the log could not be written").Format(words);
-            int said = TryAppend(words.Bytes);
-            (_lost, _isTorn) = said == words.Bytes.Length ? (0, false) : (_lost, _isTorn || said > 0);
+            ReadOnlySpan<byte> words = Lost("the log could not be written");
+            int said = TryAppend(words);
+            (_lost, _isTorn) = said == words.Length ? (0, false) : (_lost, _isTorn || said > 0);
         }
 
         int written = _lost > 0 ? 0 : TryAppend(bytes);
         if (written < bytes.Length)
         {
             _isTorn |= _file is null || (written > 0 && bytes[written - 1] != '\n'); // of stderr nobody knows
-            int lost = bytes[written..].Count((byte)'\n');
-            _lost += lost;
-            lock (_queue)
-            {
-                DroppedInAll += lost;
-            }
+            Lose(bytes[written..].Count((byte)'\n'));
         }
     }
 
@@ -9913,12 +9904,10 @@ internal sealed class Log : IDisposable
             try
             {
                 _socket = isOld ? _socket : UnixSocket.Connect(path);
-                if (_unsent > 0)
+                if (_lost > 0)
                 {
-                    LogText words = new(_settings.Format);
-                    Own(LogLevel.Warn, $"{Text.Count(_unsent, "line")} dropped: nobody listened at {path}").Format(words);
-                    UnixSocket.Send(_socket!, words.Bytes);
-                    _unsent = 0;
+                    UnixSocket.Send(_socket!, Lost($"nobody listened at {path}"));
+                    _lost = 0;
                 }
 
                 UnixSocket.Send(_socket!, line);
@@ -9932,17 +9921,31 @@ internal sealed class Log : IDisposable
             {
                 _socket?.Dispose();
                 (_socket, _retryAt) = (null, Environment.TickCount64 + Pause);
-                StandardStream.TryWrite(StandardStream.Error, _unsent > 0 ? []
+                StandardStream.TryWrite(StandardStream.Error, _lost > 0 ? []
                     : Encoding.UTF8.GetBytes(Text.Escape($"tcpproxy: lines of the log are lost: cannot send them to {path}: "
                         + (File.Exists(path) ? Text.Reason(e) : "no such file or directory")) + "\n"));
             }
         }
 
-        _unsent++;
+        Lose(1);
+    }
+
+    private void Lose(int lines)
+    {
+        _lost += lines;
         lock (_queue)
         {
-            DroppedInAll++;
+            DroppedInAll += lines;
         }
+    }
+
+    /// <summary>Tells of them.</summary>
+    private ReadOnlySpan<byte> Lost(string why)
+    {
+        LogText words = NewText();
+        words.Append(_isTorn ? "\n" : "");
+        Own(LogLevel.Warn, $"{Text.Count(_lost, "line")} dropped: {why}").Format(words);
+        return words.Bytes;
     }
 }
 
