@@ -14,8 +14,6 @@ namespace TcpProxy.Tests;
 
 public sealed class AccessTests : EndToEndTest
 {
-    private const int SigHup = 1;
-
     // ---- who
 
     [Fact(Timeout = Quick)]
@@ -220,7 +218,7 @@ public sealed class AccessTests : EndToEndTest
         {
             Given.Write("list", $"127.0.0.{i}\n");
             Stopwatch clock = Stopwatch.StartNew();
-            proxy.Signal(SigHup);
+            proxy.Signal(ProxyProcess.SigHup);
             await proxy.LinesOf("list", i);
             Assert.InRange(clock.ElapsedMilliseconds, 0, 900);
             await (await From(proxy.Endpoint(), $"127.0.0.{i}")).ExpectEnd();
@@ -228,7 +226,7 @@ public sealed class AccessTests : EndToEndTest
         }
 
         Given.Write("list", "nobody\n");
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         await proxy.Line("list", l => l.Level == "warn" && l["message"].StartsWith($"{list}:1: 'nobody'", StringComparison.Ordinal));
         await (await From(proxy.Endpoint(), "127.0.0.3")).ExpectEnd();
     }
@@ -292,7 +290,7 @@ public sealed class AccessTests : EndToEndTest
         Assert.InRange(proxy.Resident, 0, 64 << 20);
         for (int i = 1; i < 4; i++)
         {
-            proxy.Signal(SigHup);
+            proxy.Signal(ProxyProcess.SigHup);
             await proxy.LinesOf("list", i);
             await (await From(proxy.Endpoint(), "127.9.9.9")).Ask("hello");
             Assert.InRange(proxy.Resident, 0, 80 << 20);
@@ -320,7 +318,7 @@ public sealed class AccessTests : EndToEndTest
         await listed.Ask("hello");
         await other.Ask("hello");
         Given.Write("list", "127.0.0.7\n");
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         Peer[] clients = new Peer[5];
         for (int i = 0; i < 5; i++)
         {

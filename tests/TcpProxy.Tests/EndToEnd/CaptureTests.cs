@@ -229,7 +229,7 @@ public sealed class CaptureTests : EndToEndTest
         client.Dispose();
         await proxy.LinesOf("connection", 1);
         Given.Write("conf", Plain);
-        proxy.Signal(1);
+        proxy.Signal(ProxyProcess.SigHup);
         await proxy.Line("reload");
         Assert.Equal(0, await proxy.Stop(15));
         Assert.Equal("stopped", proxy.Lines.Last(line => line.Event != "pcap").Event);
@@ -244,7 +244,7 @@ public sealed class CaptureTests : EndToEndTest
         Peer client = await Given.Client(proxy);
         await client.Send(new Pattern(1), Length).AndReceive(client, new Pattern(1), Length);
         Given.Write("conf", Route);
-        proxy.Signal(1);
+        proxy.Signal(ProxyProcess.SigHup);
         await proxy.Line("reload");
         await Wait.Pause(1_500); // until the client alone keeps the route
         proxy.Signal(ProxyProcess.SigTerm);
@@ -507,7 +507,7 @@ public sealed class CaptureTests : EndToEndTest
         string pipe = Given.Path("pipe");
         (await Tool.Run("mkfifo", pipe)).Good();
         Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
-        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" >{pipe}"] };
+        Launch launch = Launch.FromShell(streams: $">{pipe}");
         ProxyProcess proxy = await Given.Proxy(launch, arguments);
         return (proxy, await opening);
     }

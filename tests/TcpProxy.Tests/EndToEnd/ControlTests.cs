@@ -27,7 +27,7 @@ public sealed class ControlTests : EndToEndTest
             dead.Bind(new UnixDomainSocketEndPoint(Control));
         }
 
-        Launch open = new() { Before = ["sh", "-c", "umask 0; exec \"$0\" \"$@\""] };
+        Launch open = Launch.FromShell("umask 0");
         ProxyProcess proxy = await Given.Proxy(open, "--control", $"unix:{Control}", "127.0.0.1:0", "echo");
         Assert.Equal("600\n", (await Tool.Run("stat", "-c", "%a", Control)).Good());
         Assert.Single(proxy.Addresses); // it is none of those that clients come to

@@ -73,7 +73,7 @@ public sealed class DescriptorTests : EndToEndTest
     public async Task The_soft_limit_is_raised_to_the_hard_one()
     {
         Upstream upstream = Given.Echo();
-        Launch low = new() { Before = ["sh", "-c", "ulimit -S -n 64; exec \"$0\" \"$@\""] };
+        Launch low = Launch.FromShell("ulimit -S -n 64");
         ProxyProcess proxy = await Given.Proxy(low, "127.0.0.1:0", upstream.Address);
         string limits = File.ReadLines($"/proc/{proxy.Id}/limits").First(
             l => l.StartsWith("Max open files", StringComparison.Ordinal));

@@ -269,5 +269,5 @@ public sealed class DumpEndToEndTests : EndToEndTest
         return (lines, blocks);
     }
 
-    private Launch ToFile(string name) => new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" 2>{Given.Path(name)}"] };
+    private Launch ToFile(string name) => Launch.FromShell(streams: $"2>{Given.Path(name)}");
 }

@@ -361,7 +361,7 @@ public sealed class FilterTests : EndToEndTest
     [Fact(Timeout = Quick)]
     public async Task A_command_inherits_no_descriptor_and_no_ignored_or_blocked_signal()
     {
-        Launch launch = new() { Before = ["sh", "-c", "exec 7</dev/null 8<&0; trap '' HUP; exec \"$0\" \"$@\""] };
+        Launch launch = Launch.FromShell("exec 7</dev/null 8<&0; trap '' HUP");
         ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", "echo", "--filter-up", "cat", "--filter-down", "cat");
         for (int i = 0; i < 3; i++)
         {
@@ -435,7 +435,7 @@ public sealed class FilterTests : EndToEndTest
         string pipe = Given.Path("pipe");
         (await Tool.Run("mkfifo", pipe)).Good();
         Task<FileStream> opening = Wait.Apart(() => Task.FromResult(new FileStream(pipe, FileMode.Open, FileAccess.Read, FileShare.ReadWrite, 0)));
-        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" >{pipe}"] };
+        Launch launch = Launch.FromShell(streams: $">{pipe}");
         Upstream server = Given.Server();
         ProxyProcess proxy = await Given.Proxy(
             launch, "127.0.0.1:0", server.Address, "--threads", "1", "--filter-up", "cat", "--pcap", "-");

@@ -16,9 +16,6 @@ namespace TcpProxy.Tests;
 /// <summary>The formats and places of the log that other programs have a say in: HAProxy's line, syslog, logrotate.</summary>
 public sealed class LogTests : EndToEndTest
 {
-    private const int SigUsr1 = 10;
-    private const int SigUsr2 = 12;
-
     // RFC 5424, 6: HEADER of NILVALUEs or printable ASCII; TIME-SECFRAC has at most six digits; no structured data
     private static readonly Regex Message = new(
         """
@@ -370,7 +367,7 @@ public sealed class LogTests : EndToEndTest
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--log-file", file);
         File.Move(file, $"{file}.1");
         Directory.CreateDirectory(file);
-        proxy.Signal(SigUsr1);
+        proxy.Signal(ProxyProcess.SigUsr1);
         await Wait.Until(() => File.ReadAllText($"{file}.1").Contains("cannot open"), "a word about it");
         LogLine line = Assert.Single(File.ReadLines($"{file}.1").Select(LogLine.Parse), l => l.Event == "log");
         Assert.Equal("error", line.Level);
@@ -383,7 +380,7 @@ public sealed class LogTests : EndToEndTest
     public async Task USR1_means_nothing_to_a_log_on_stderr()
     {
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo");
-        proxy.Signal(SigUsr1);
+        proxy.Signal(ProxyProcess.SigUsr1);
         await Say(proxy);
         await proxy.Connection();
     }
@@ -485,7 +482,7 @@ public sealed class LogTests : EndToEndTest
         await Wait.Until(IsCountedOut, "the end of the probe");
         File.WriteAllText(file, "log-long 300ms\nlisten 127.0.0.1:0\nupstream echo\n");
         Peer client = await Given.Client(proxy);
-        proxy.Signal(1);
+        proxy.Signal(ProxyProcess.SigHup);
         await proxy.Line("connection-long", l => l["client"] == client.Local);
         Assert.DoesNotContain(proxy.Lines, l => l.Event == "connection");
         await Probe();
@@ -493,7 +490,7 @@ public sealed class LogTests : EndToEndTest
 
         bool IsCountedOut()
         {
-            proxy.Signal(SigUsr2);
+            proxy.Signal(ProxyProcess.SigUsr2);
             return proxy.Lines.Any(l => l.Event == "state" && l["message"].Contains(", 0 connections, ", StringComparison.Ordinal));
         }
 
@@ -521,7 +518,7 @@ public sealed class LogTests : EndToEndTest
             "-l", "127.0.0.1:0", "--name", "c", "-u", "discard");
         Peer client = await Given.Client(proxy);
         await client.Ask("hello");
-        proxy.Signal(SigUsr2);
+        proxy.Signal(ProxyProcess.SigUsr2);
         await Wait.Until(() => proxy.RawLog.Contains("server discard"), "the state");
         string[] said = proxy.RawLog.Split('\n');
         List<(string, string)> state = value is "off" or "warn"

@@ -144,7 +144,7 @@ public sealed class LoggingTests : EndToEndTest
     {
         Tool.NeedLibc("whose descriptor it is cannot be asked");
         // a descriptor of that number may belong to somebody else by then: nothing may be written to it
-        Launch launch = new() { Before = ["sh", "-c", $"exec \"$0\" \"$@\" {streams}"] };
+        Launch launch = Launch.FromShell(streams: streams);
         Upstream upstream = Given.Echo();
         ProxyProcess proxy = await Given.Proxy(launch, "127.0.0.1:0", upstream.Address);
         for (int i = 0; i < 20; i++)
@@ -223,7 +223,7 @@ public sealed class LoggingTests : EndToEndTest
     {
         Tool.NeedLibc("files of the runtime would be too large");
         string file = Given.Path("file");
-        ProxyProcess proxy = await Given.Proxy(Limited($"{trap}ulimit -f 1"), "127.0.0.1:0", "echo", option, file);
+        ProxyProcess proxy = await Given.Proxy(Launch.FromShell($"{trap}ulimit -f 1"), "127.0.0.1:0", "echo", option, file);
         proxy.Tolerate("pcap");
         for (int i = 0; i < 20; i++)
         {
@@ -250,7 +250,7 @@ public sealed class LoggingTests : EndToEndTest
         string file = Given.Path("file");
         string stats = $"127.0.0.1:{Given.FreePorts(1)}";
         ProxyProcess proxy = await Given.Proxy(
-            Limited("ulimit -S -f 4"), "127.0.0.1:0", "echo", "--log", "json", "--log-file", file, "--stats", stats);
+            Launch.FromShell("ulimit -S -f 4"), "127.0.0.1:0", "echo", "--log", "json", "--log-file", file, "--stats", stats);
         for (int i = 0; i < Count; i++)
         {
             await Converse(proxy);
@@ -271,8 +271,6 @@ public sealed class LoggingTests : EndToEndTest
             Regex.Match(Tool.Run(curl, "-s", $"http://{stats}/metrics").GetAwaiter().GetResult().Good(), @"\n\S*log_dropped\S* (\d+)").Groups[1].Value,
             CultureInfo.InvariantCulture);
     }
-
-    private static Launch Limited(string limit) => new() { Before = ["sh", "-c", $"{limit}; exec \"$0\" \"$@\""] };
 
     [Fact(Timeout = Quick)]
     public async Task A_log_file_may_be_a_pipe()

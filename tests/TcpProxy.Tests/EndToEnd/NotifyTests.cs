@@ -16,8 +16,6 @@ namespace TcpProxy.Tests;
 /// <summary>What the proxy tells systemd, whose end of the socket the test holds.</summary>
 public sealed class NotifyTests : EndToEndTest
 {
-    private const int SigHup = 1;
-
     [Theory(Timeout = Quick)]
     [InlineData(false)]
     [InlineData(true)]
@@ -56,7 +54,7 @@ public sealed class NotifyTests : EndToEndTest
             manager.Launch(), "127.0.0.1:0", "echo", "--deny", "@" + Given.Write("denied", "192.0.2.1\n"));
         await manager.Next("READY=1");
         long before = Microseconds();
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         string[] reloading = (await manager.Next("RELOADING=1")).Split('\n');
         Assert.Equal("RELOADING=1", reloading[0]);
         string monotonic = Assert.Single(reloading, l => l.StartsWith("MONOTONIC_USEC=", StringComparison.Ordinal));

@@ -49,15 +49,21 @@ internal sealed record Launch
     public Dictionary<string, string> Environment { get; init; } = [];
 
     /// <summary>Runs under a soft and hard limit of open descriptors.</summary>
-    public static Launch WithDescriptors(int count) =>
-        new() { Before = ["sh", "-c", $"ulimit -n {count}; exec \"$0\" \"$@\""] };
+    public static Launch WithDescriptors(int count) => FromShell($"ulimit -n {count}");
+
+    /// <summary>Runs from a shell that does something first, or has redirected its streams.</summary>
+    public static Launch FromShell(string first = ":", string streams = "") =>
+        new() { Before = ["sh", "-c", $"{first}; exec \"$0\" \"$@\" {streams}"] };
 }
 
 /// <summary>A running proxy: its addresses, its log, its resources and its end.</summary>
 internal sealed class ProxyProcess
 {
+    public const int SigHup = 1;
     public const int SigInt = 2;
     public const int SigKill = 9;
+    public const int SigUsr1 = 10;
+    public const int SigUsr2 = 12;
     public const int SigTerm = 15;
     public const int SigCont = 18;
     public const int SigStop = 19;

@@ -17,7 +17,6 @@ public sealed class ReloadLoadTests : EndToEndTest
 {
     private const int Connections = 50_000;
     private const int Reloads = 100;
-    private const int SigHup = 1;
 
     [Fact(Timeout = Slow)]
     public async Task Of_fifty_thousand_connections_over_a_hundred_reloads_none_is_refused_reset_or_cut()
@@ -37,7 +36,7 @@ public sealed class ReloadLoadTests : EndToEndTest
             bool isBad = i % 10 == 7;
             DateTime written = File.GetLastWriteTimeUtc(proxy.PortFilePath);
             Given.Write("conf", Text(i) + (isBad ? "idle-timeout banana\n" : string.Empty));
-            proxy.Signal(SigHup);
+            proxy.Signal(ProxyProcess.SigHup);
             if (isBad)
             {
                 await proxy.LinesOf("reload", ++bad);

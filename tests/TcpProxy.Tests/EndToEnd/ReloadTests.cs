@@ -14,8 +14,6 @@ namespace TcpProxy.Tests;
 /// <summary>HUP: the file is read again, and the difference applied in the same process.</summary>
 public sealed class ReloadTests : EndToEndTest
 {
-    private const int SigHup = 1;
-
     [Fact(Timeout = Quick)]
     public async Task A_listener_that_stays_keeps_its_socket_and_its_clients_and_new_ones_get_the_new_route()
     {
@@ -414,7 +412,7 @@ public sealed class ReloadTests : EndToEndTest
             Given.Write("conf", text);
         }
 
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         List<LogLine> lines = await proxy.LinesOf("reload", before + Math.Max(1, expected.Length));
         Assert.Equal(expected.Length == 0 ? lines.Count : before + expected.Length, lines.Count);
         for (int i = 0; i < expected.Length; i++)

@@ -9,8 +9,6 @@ namespace TcpProxy.Tests;
 
 public sealed class ShutdownTests : EndToEndTest
 {
-    private const int SigUsr2 = 12;
-
     [Theory(Timeout = Quick)]
     [InlineData(ProxyProcess.SigTerm)]
     [InlineData(ProxyProcess.SigInt)]
@@ -25,7 +23,7 @@ public sealed class ShutdownTests : EndToEndTest
 
         proxy.Signal(signal);
         Assert.Equal(1, (await proxy.Line("draining")).Number("connections"));
-        proxy.Signal(SigUsr2);
+        proxy.Signal(ProxyProcess.SigUsr2);
         Assert.Matches("^running for .*, 1 connection, .*, draining$", (await proxy.Line("state"))["message"]);
         await Wait.Until(Refuses, "new connections to be refused", 5);
 

@@ -20,7 +20,6 @@ namespace TcpProxy.Tests;
 [Collection("heavy")]
 public sealed class SoakTests : EndToEndTest
 {
-    private const int SigHup = 1;
     private const int Workers = 32;
     private const int Pause = 80; // ms at most between two conversations of a worker: an hour's log has its bounds
     private const long Slack = 8 << 20; // bytes: buffers that the pool keeps, and the garbage of a moment
@@ -130,7 +129,7 @@ public sealed class SoakTests : EndToEndTest
         {
             await Wait.Pause(1500);
             Write(version);
-            proxy.Signal(SigHup);
+            proxy.Signal(ProxyProcess.SigHup);
         }
     }
 

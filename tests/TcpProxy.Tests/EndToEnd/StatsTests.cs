@@ -163,7 +163,7 @@ public sealed class StatsTests : EndToEndTest
         async Task Reload(string text, int count)
         {
             Given.Write("conf", text);
-            proxy.Signal(1);
+            proxy.Signal(ProxyProcess.SigHup);
             await proxy.LinesOf("reload", count);
         }
     }
@@ -215,7 +215,7 @@ public sealed class StatsTests : EndToEndTest
         Peer client = await Given.Client(proxy, 1);
         await client.Ask("before");
         Given.Write("conf", "listen 127.0.0.1:0\nname stays\nupstream echo\n");
-        proxy.Signal(1);
+        proxy.Signal(ProxyProcess.SigHup);
         JsonElement gone = await Settled(
             stats, s => s, s => s.GetProperty("routes").GetArrayLength() == 2 && !s.GetProperty("routes")[1].GetProperty("in_force").GetBoolean());
         Assert.Equal("goes", gone.GetProperty("routes")[1].GetProperty("name").GetString());

@@ -11,8 +11,6 @@ namespace TcpProxy.Tests;
 /// <summary>--user: root is given up for good.</summary>
 public sealed class UserTests : EndToEndTest
 {
-    private const int SigHup = 1;
-
     [Theory(Timeout = Quick)]
     [InlineData("nobody", "65534", "65534", "65534")]
     [InlineData("nobody:daemon", "65534", "1", "1")]
@@ -165,7 +163,7 @@ public sealed class UserTests : EndToEndTest
         File.SetUnixFileMode(list, UnixFileMode.UserRead | UnixFileMode.UserWrite);
         ProxyProcess proxy = await Given.Proxy("127.0.0.1:0", "echo", "--deny", $"@{list}", "--user", "nobody");
         proxy.Tolerate("list");
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         await Wait.Until(
             () => proxy.RawLog.Contains("permission denied", StringComparison.Ordinal), "the list to be refused");
         await (await Given.Client(proxy)).Ask("hello");
@@ -183,13 +181,13 @@ public sealed class UserTests : EndToEndTest
         proxy.Tolerate("reload");
         int port = Enumerable.Range(600, 200).First(IsFree);
         File.WriteAllText(config, $"listen 127.0.0.1:0\nupstream echo\nlisten 127.0.0.1:{port}\nupstream echo\n");
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         LogLine refused = await proxy.Line("reload");
         Assert.Equal("error", refused["level"]);
         Assert.EndsWith($"cannot listen on 127.0.0.1:{port}: permission denied; ports below 1024 are for root, or for "
             + "CAP_NET_BIND_SERVICE; nothing has changed", refused["message"], StringComparison.Ordinal);
         File.WriteAllText(config, "listen 127.0.0.1:0\nupstream echo\nlisten 127.0.0.1:0\nname second\nupstream echo\n");
-        proxy.Signal(SigHup);
+        proxy.Signal(ProxyProcess.SigHup);
         LogLine added = await proxy.Line("listening", l => l["route"] == "second");
         await Wait.Until(() => File.ReadAllLines(proxy.PortFilePath).Length == 2, "the second address in the port file");
         Assert.Equal(added["listen"], File.ReadAllLines(proxy.PortFilePath)[1]);
